@@ -1,0 +1,502 @@
+#!/usr/bin/env python
+"""Fine-tune RoBERTa (or any encoder) for text classification with R-Drop and label smoothing.
+
+    python train_rdrop.py                                         # the published run: roberta-base on IMDB
+    python train_rdrop.py --model_name_or_path MODEL --dataset_name FOLDER_OR_HUB_ID --output_dir OUT
+    torchrun --nproc_per_node 2 train_rdrop.py                    # two GPUs
+    tensorboard --logdir logs_rdrop                               # the curves
+    python train_rdrop.py --help                                  # every flag with its default
+
+R-Drop (Liang et al., NeurIPS 2021, arXiv 2106.14448) runs each batch through the model twice. Dropout draws other
+masks each time; the loss asks both outputs for the label and both to agree:
+
+    loss = 1/2 (CE_ls(z1, y) + CE_ls(z2, y)) + alpha * 1/2 (KL(p2 || p1) + KL(p1 || p2)),  p = softmax(z)
+
+The file reads in the order in which data flows: arguments, data, model, loss, trainer, metrics, main.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from datasets import ClassLabel, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub import constants
+from huggingface_hub.utils import logging as hub_logging
+from packaging.version import parse as parse_version
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    enable_full_determinism,
+    set_seed,
+)
+from transformers.hf_argparser import HfArg
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+
+WITHOUT_HUB = (
+    f"The Hub asked was {constants.ENDPOINT}: give a local folder, or set HF_ENDPOINT in the shell to a mirror."
+)
+logger = transformers.utils.logging.get_logger("train_rdrop")
+
+
+def fail(message, status=2):
+    """End the process with one line on stderr, printed once a machine whatever the number of processes."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"train_rdrop.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class RDropArguments(TrainingArguments):
+    """The published recipe as defaults, beside every flag of `TrainingArguments`.
+
+    Raises:
+        ValueError: for values that no run can have, among them those that `TrainingArguments` refuses.
+    """
+
+    # model and data
+    model_name_or_path: str = HfArg(default="FacebookAI/roberta-base", help="Hub id or local folder of the encoder.")
+    dataset_name: str = HfArg(
+        default="stanfordnlp/imdb", help="Hub id or local folder (csv, json, parquet) with the splits train and test."
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set, if it has several.")
+    text_column: str = HfArg(default="text", help="Column that holds the text.")
+    label_column: str = HfArg(default="label", help="Column that holds the label: integers 0..n-1 or strings.")
+    max_length: int | None = HfArg(default=None, help="Tokens kept of a text. Default: as many as the model takes.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on this many examples, drawn with the seed.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many examples, drawn with the seed.")
+    validation_fraction: float = HfArg(
+        default=0.0,
+        help="Share of the train split held out, stratified by label, to choose the best checkpoint and stop early on; "
+        "the test split is then evaluated once, at the end. With 0, as published, the test split chooses.",
+    )
+    # loss
+    rdrop_alpha: float = HfArg(default=5.0, help="Weight of the KL term. With 0: one forward pass, plain baseline.")
+    label_smoothing_factor: float = HfArg(default=0.1, help="Share of the label spread evenly over all classes.")
+    # optimization
+    learning_rate: float = HfArg(default=2e-5, help="Peak learning rate of AdamW.")
+    weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW, on all but biases and layer norms.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="Shape of the learning rate after the warmup.")
+    warmup_steps: float = HfArg(default=0.1, help="Linear warmup: a number of steps or, below 1, a share of them.")
+    per_device_train_batch_size: int = HfArg(default=16, help="Examples per device and forward pass in training.")
+    per_device_eval_batch_size: int = HfArg(default=16, help="Examples per device and forward pass in evaluation.")
+    num_train_epochs: float = HfArg(default=5.0, help="Epochs to train, unless stopped early.")
+    fp16: bool = HfArg(default=True, help="Train in fp16. Off without CUDA, and where --bf16 is given.")
+    seed: int = HfArg(default=42, help="Seed of the model's new head, of dropout and of every draw from the data.")
+    # evaluation and checkpoints
+    output_dir: str = HfArg(default="./results_rdrop", help="Folder of the checkpoints, the best model and its figures.")
+    eval_strategy: str = HfArg(default="epoch", help="When to evaluate: no, steps or epoch.")
+    save_strategy: str = HfArg(default="epoch", help="When to save a checkpoint: no, steps, epoch or best.")
+    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept, the best always among them.")
+    load_best_model_at_end: bool = HfArg(default=True, help="End with the best checkpoint, not with the last.")
+    metric_for_best_model: str = HfArg(default="f1", help="What best means: f1, accuracy, auc or loss.")
+    early_stopping_patience: int = HfArg(default=3, help="Evaluations without improvement before stopping; 0: never.")
+    early_stopping_threshold: float = HfArg(default=0.01, help="What an improvement must exceed to count.")
+    # logging
+    logging_steps: float = HfArg(default=50, help="Steps between two logs or, below 1, a share of the steps.")
+    report_to: str = HfArg(default="tensorboard", help="Where curves go: tensorboard, none, all or an integration.")
+    logging_dir: str = HfArg(default="./logs_rdrop", help="TensorBoard's folder; each run gets a sub-folder.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Hide losses that are not finite from the log.")
+    # several processes: all parameters are used, and buffers broadcast between the two passes break the backward
+    ddp_find_unused_parameters: bool = HfArg(default=False, help="Let DDP look for parameters without gradient.")
+    ddp_broadcast_buffers: bool = HfArg(default=False, help="Let DDP broadcast buffers before each forward pass.")
+
+    def __post_init__(self):
+        # `accelerate launch` hands its own choices over in the environment
+        on_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        self.bf16 = self.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        self.fp16 = self.fp16 and not self.bf16 and not on_cpu and torch.cuda.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        super().__post_init__()
+        self.logging_dir = os.path.expanduser(self.logging_dir)
+        get_reporting_integration_callbacks(self.report_to)  # refuses unknown names here, not after the model is loaded
+        for names, allowed, holds in (
+            ("rdrop_alpha early_stopping_threshold", "finite and at least 0", lambda x: 0 <= x < math.inf),
+            ("label_smoothing_factor validation_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
+            ("learning_rate num_train_epochs", "finite and above 0", lambda x: 0 < x < math.inf),
+            ("max_length max_train_samples max_eval_samples", "at least 1", lambda x: x is None or x >= 1),
+            ("per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
+            ("gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
+            ("early_stopping_patience", "at least 0", lambda x: x >= 0),
+        ):
+            for name in names.split():
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"--{name} must be {allowed}, not {getattr(self, name)}")
+        if self.metric_for_best_model.removeprefix("eval_") not in ("f1", "accuracy", "auc", "loss"):
+            raise ValueError(f"--metric_for_best_model must be f1, accuracy, auc or loss, not {self.metric_for_best_model}")
+
+
+def parse_args(argv=None) -> RDropArguments:
+    """Read the command line (`argv`: a list of strings, default `sys.argv[1:]`); mistakes end the process."""
+    parser = HfArgumentParser(RDropArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail  # argparse would print its usage first, some 150 flags
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    except (ValueError, ImportError) as error:
+        fail(error)
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def folder_or_hub_id(flag, name, hub_id) -> str:
+    """`name` as a path if it is a folder, else as it is if it matches `hub_id`; anything else ends the process."""
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        return folder
+    if os.path.exists(folder) or not re.fullmatch(hub_id, name):
+        fail(f"--{flag} {name}: neither a folder that is there nor a Hub id of the form owner/name")
+    return name
+
+
+def load_splits(args: RDropArguments) -> DatasetDict:
+    """Load, check and sub-sample the data; mistakes in them end the process.
+
+    Returns:
+        Splits `train`, `test` and, with `--validation_fraction`, `validation`; columns `args.text_column` (string)
+        and `labels` (ClassLabel, which carries the label names).
+    """
+    name = folder_or_hub_id("dataset_name", args.dataset_name, r"\w[\w.-]*/[\w.-]+")
+    hub_logging.set_verbosity_error()  # an unreachable Hub is reported below, once
+    try:
+        with args.main_process_first(desc="loading the data"):
+            found = load_dataset(name, args.dataset_config_name)
+    except (OSError, ValueError, DatasetsError) as error:
+        if os.path.isdir(name):
+            fail(f"cannot read {name}: {error.__cause__ or error}. Every file needs the same columns and some rows.")
+        fail(f"cannot get the data set {name}: {error}. {WITHOUT_HUB}")
+
+    splits = DatasetDict()
+    for split in ("train", "test"):  # no other: IMDB's split unsupervised is labelled -1
+        if split not in found:
+            fail(f"{name} has no split {split!r}, only: {', '.join(found)}")
+        rows = found[split]
+        for flag, column in (("text_column", args.text_column), ("label_column", args.label_column)):
+            if column not in rows.column_names:
+                fail(f"split {split!r} has no column {column!r}, only: {', '.join(rows.column_names)}. Use --{flag}.")
+        if len(rows) == 0:
+            fail(f"split {split!r} is empty")
+        texts, labels = rows[args.text_column][:], rows[args.label_column][:]
+        refuse(split, args.text_column, texts, lambda text: not (isinstance(text, str) and text.strip()), "empty or not a string")
+        refuse(split, args.label_column, labels, lambda label: label in (None, "") or label != label, "missing")
+        if split == "train":  # the classes are those of the train split
+            feature = rows.features[args.label_column]
+            if len({type(label) for label in labels}) > 1 or not isinstance(labels[0], (int, str)):
+                fail(f"column {args.label_column!r} must hold integers 0..n-1 or strings, not {feature}")
+            if len(set(labels)) < 2:
+                fail(f"split 'train' has one label only, {labels[0]!r}: there is nothing to learn")
+            classes = list(range(feature.num_classes)) if isinstance(feature, ClassLabel) else sorted(set(labels))
+            names = feature.names if isinstance(feature, ClassLabel) else [str(label) for label in classes]
+            if isinstance(labels[0], int):
+                classes = list(range(len(classes)))
+        among = f"not among the {len(classes)} classes of train, {classes[0]!r} to {classes[-1]!r}"
+        refuse(split, args.label_column, labels, lambda label: label not in classes, among)
+        ids = [classes.index(label) for label in labels]
+        rows = rows.select_columns([args.text_column])
+        splits[split] = rows.add_column("labels", ids, feature=ClassLabel(names=names))
+
+    if args.validation_fraction:
+        try:
+            parts = splits["train"].train_test_split(
+                args.validation_fraction, stratify_by_column="labels", seed=args.seed
+            )
+        except ValueError as error:
+            fail(f"--validation_fraction {args.validation_fraction} cannot be held out: {error}")
+        splits = DatasetDict(train=parts["train"], validation=parts["test"], test=splits["test"])
+    for split in splits:
+        limit = args.max_train_samples if split == "train" else args.max_eval_samples
+        if limit is not None and limit < len(splits[split]):
+            splits[split] = splits[split].shuffle(seed=args.seed).select(range(limit))
+    return splits
+
+
+def refuse(split, column, values, is_bad, what):
+    """End the process if any of `values` is bad, saying how many are and which is the first."""
+    bad = [row for row, value in enumerate(values) if is_bad(value)]
+    if bad:
+        fail(
+            f"split {split!r}: {len(bad)} of {len(values)} rows have a {column!r} that is {what}, the first in row "
+            f"{bad[0]} (counted from 0): {str(values[bad[0]])[:40]!r}. Mend or drop them."
+        )
+
+
+def tokenize(splits: DatasetDict, tokenizer, args: RDropArguments, max_length: int) -> DatasetDict:
+    """Replace the texts by their tokens, at most `max_length`; evaluation splits come out longest first.
+
+    Returns:
+        `splits` with the columns that the tokenizer makes (`input_ids`, ...), `length` (tokens) and `labels`.
+    """
+    text_column = args.text_column  # `args` itself must stay out of the hash that `datasets` takes of `encode`
+
+    def encode(batch):
+        return tokenizer(batch[text_column], truncation=True, max_length=max_length, return_length=True)
+
+    # The first call sets the tokenizer's truncation, which `datasets` hashes: without it the hash of the first split
+    # differs from that of the others, and the cache is missed by a second run or process.
+    encode({text_column: [""]})
+    with args.main_process_first(desc="tokenizing"):
+        splits = splits.map(encode, batched=True, remove_columns=[text_column], desc="Tokenizing")
+    for split in splits.keys() - {"train"}:  # little padding, and memory runs out at once or not at all
+        longest_first = np.argsort(splits[split]["length"][:], kind="stable")[::-1]
+        splits[split] = splits[split].select(longest_first)
+    return splits
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+def load_model(args: RDropArguments, names: list[str]):
+    """Load tokenizer and model, with a new head for the labels `names`; what cannot be loaded ends the process.
+
+    Returns:
+        tokenizer, model (float32, on the CPU) and the number of tokens that the model takes.
+    """
+    path = folder_or_hub_id("model_name_or_path", args.model_name_or_path, r"\w[\w.-]*(/[\w.-]+)?")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            dtype=torch.float32,  # the default is the checkpoint's dtype, and fp16 needs float32 weights to update
+            ignore_mismatched_sizes=True,  # a head trained on other labels gives way to a new one
+        )
+    except (OSError, ValueError) as error:
+        fail(f"cannot load the model {path}: {error}. {'' if os.path.isdir(path) else WITHOUT_HUB}")
+    if tokenizer.pad_token is None:
+        fail(f"the tokenizer of {path} has no padding token, so that no batch can be made of its texts")
+
+    # A position table with a padding index counts from there (RoBERTa: 514 positions take 512 tokens).
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf]
+    for module_name, module in model.named_modules():
+        if module_name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    limit = min(limits)
+    if limit > 1e6:  # neither knows a limit (XLNet): the recipe's
+        limit = 512
+    tokenizer.model_max_length = limit  # saved with the tokenizer, so that pipeline(..., truncation=True) is right
+
+    if args.rdrop_alpha > 0 and not passes_differ(model, tokenizer):
+        logger.warning(
+            "This model has no active dropout: both passes give the same output, the KL term is zero and R-Drop does "
+            "nothing. Set its dropout probabilities in config.json, or use --rdrop_alpha 0."
+        )
+    return tokenizer, model, limit
+
+
+def passes_differ(model, tokenizer) -> bool:
+    """Whether two passes in training mode give different logits. Leaves the random state as it was."""
+    inputs = tokenizer("two passes of the same text", return_tensors="pt", truncation=True)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.train()
+        return not torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+
+class RDropLoss(nn.Module):
+    """R-Drop with label smoothing: 1/2 (CE1 + CE2) + alpha * 1/2 (KL(p2 || p1) + KL(p1 || p2)).
+
+    This is Liang et al. (2021), section 2.1, with the CE of the two passes averaged where the paper adds them: its
+    loss with weight 2 alpha is twice this one. Everything is computed in float32 and averaged over the batch.
+
+    Args:
+        alpha: weight of the KL term, finite and at least 0.
+        label_smoothing: share of the label spread evenly over all classes, in [0, 1).
+
+    Raises:
+        ValueError: if `alpha` or `label_smoothing` is out of range.
+    """
+
+    def __init__(self, alpha: float = 1.0, label_smoothing: float = 0.0):
+        super().__init__()
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha must be finite and at least 0, not {alpha}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
+        self.alpha = alpha
+        self.label_smoothing = label_smoothing
+
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Label-smoothed cross-entropy in nats of `logits` (batch, classes) and `labels` (batch); a scalar."""
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+
+    def kl(self, logits1: torch.Tensor, logits2: torch.Tensor) -> torch.Tensor:
+        """Half the sum of both KL divergences in nats, of two logits (batch, classes); a scalar."""
+        log_p1, log_p2 = F.log_softmax(logits1.float(), dim=-1), F.log_softmax(logits2.float(), dim=-1)
+        forward = F.kl_div(log_p1, log_p2, reduction="batchmean", log_target=True)  # KL(p2 || p1)
+        backward = F.kl_div(log_p2, log_p1, reduction="batchmean", log_target=True)  # KL(p1 || p2)
+        return 0.5 * (forward + backward)
+
+    def parts(self, logits1: torch.Tensor, logits2: torch.Tensor, labels: torch.Tensor):
+        """The two terms apart, neither weighted: mean CE of the passes, and KL; two scalars."""
+        ce = 0.5 * (self.cross_entropy(logits1, labels) + self.cross_entropy(logits2, labels))
+        return ce, self.kl(logits1, logits2)
+
+    def forward(self, logits1: torch.Tensor, logits2: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of two logits (batch, classes) for `labels` (batch, integers); a float32 scalar."""
+        ce, kl = self.parts(logits1, logits2, labels)
+        return ce + self.alpha * kl
+
+
+# --------------------------------------------------------------------------------------------------------- trainer
+
+
+class RDropTrainer(Trainer):
+    """A `Trainer` whose training steps run the model twice (once if `alpha` is 0) and take `RDropLoss`.
+
+    Evaluation runs it once: without dropout both passes are equal, so that CE is the whole loss. `ce` and `kl`, means
+    over all processes since the last log, stand in the log beside `loss` (`kl` only where two passes run).
+
+    Args:
+        alpha, label_smoothing: as in `RDropLoss`. All other arguments go to `Trainer`.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean over each micro-batch: Trainer divides by the accumulation steps
+
+    def __init__(self, *args, alpha: float = 1.0, label_smoothing: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the same, as transformers before 5.23 knows it
+        self.rdrop_loss = RDropLoss(alpha, label_smoothing)
+        self._sums = torch.zeros(3, device=self.args.device)  # CE, KL and steps since the last log
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a batch with `labels` (batch); with `return_outputs` also the logits of the first pass."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        if not model.training:
+            loss = self.rdrop_loss.cross_entropy(logits, labels)
+        else:
+            if self.rdrop_loss.alpha > 0:
+                ce, kl = self.rdrop_loss.parts(logits, model(**inputs).logits, labels)
+                loss = ce + self.rdrop_loss.alpha * kl
+            else:
+                loss = ce = self.rdrop_loss.cross_entropy(logits, labels)
+                kl = torch.zeros_like(ce)
+            # summed on the device: reading a value here would make the CPU wait for the GPU in every step
+            step = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
+            self._sums += step / getattr(self, "current_gradient_accumulation_steps", 1)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        """Log as `Trainer` does, with CE and KL beside the training loss."""
+        if "loss" in logs:
+            ce, kl, steps = self.accelerator.reduce(self._sums).tolist()
+            self._sums.zero_()
+            logs["ce"] = ce / steps
+            if self.rdrop_loss.alpha > 0:
+                logs["kl"] = kl / steps
+        super().log(logs, *args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return None  # in the order of the data set, longest first, under every --train_sampling_strategy
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def compute_metrics(eval_pred) -> dict[str, float]:
+    """Accuracy, F1 and ROC AUC of `eval_pred` (logits (n, classes), labels (n)).
+
+    Two classes: F1 of class 1, and AUC from its softmax probability. More: macro F1 and one-vs-rest macro AUC. AUC is
+    left out, with a warning, where a class has no example in the labels: it is undefined there.
+    """
+    logits, labels = eval_pred
+    classes = np.arange(logits.shape[-1])
+    predictions = logits.argmax(axis=-1)
+    metrics = {
+        "accuracy": accuracy_score(labels, predictions),
+        "f1": f1_score(labels, predictions, average="binary" if len(classes) == 2 else "macro"),
+    }
+    missing = np.setdiff1d(classes, labels)
+    if len(missing) > 0:
+        logger.warning("AUC is undefined and left out: no label of class %s.", ", ".join(map(str, missing)))
+        return metrics
+    probabilities = torch.from_numpy(logits).double().softmax(dim=-1).numpy()
+    scores = probabilities[:, 1] if len(classes) == 2 else probabilities
+    metrics["auc"] = roc_auc_score(labels, scores, multi_class="ovr")
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def main(argv=None) -> dict[str, float]:
+    """Train as `argv` (a list of strings, default: the command line) says; returns what `all_results.json` holds."""
+    args = parse_args(argv)
+    (enable_full_determinism if args.full_determinism else set_seed)(args.seed)  # before the new head is drawn
+    splits = load_splits(args)
+    tokenizer, model, limit = load_model(args, splits["train"].features["labels"].names)
+    max_length = min(args.max_length or limit, limit)
+    if args.max_length and args.max_length > limit:
+        logger.warning(f"--max_length {args.max_length} is more than the model takes: texts are cut to {limit} tokens.")
+    splits = tokenize(splits, tokenizer, args, max_length)
+
+    # Tensor cores like multiples of 8, which must not pad beyond the model's positions.
+    pad_to_8 = (args.fp16 or args.bf16) and -(-max_length // 8) * 8 <= limit
+    stop_early = args.early_stopping_patience > 0 and args.eval_strategy != "no"
+    trainer = RDropTrainer(
+        model=model,
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation", splits["test"]),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if pad_to_8 else None),
+        compute_metrics=compute_metrics,
+        callbacks=[EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)] * stop_early,
+        alpha=args.rdrop_alpha,
+        label_smoothing=args.label_smoothing_factor,
+    )
+    run_dir = os.path.join(args.logging_dir, datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")[:-3])
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = run_dir
+
+    results = trainer.train().metrics
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", results)
+    trainer.save_metrics("train", results)
+    for split, prefix in (("validation", "eval"), ("test", "test")) if args.validation_fraction else (("test", "eval"),):
+        metrics = trainer.evaluate(splits[split], metric_key_prefix=prefix)
+        trainer.log_metrics(prefix, metrics)
+        trainer.save_metrics(prefix, metrics)
+        results.update(metrics)
+    if trainer.is_world_process_zero():
+        figures = (f"{name} {results[f'{prefix}_{name}']:.4f}" for name in ("accuracy", "f1", "auc") if f"{prefix}_{name}" in results)
+        print(
+            f"\nTest split: {', '.join(figures)}"
+            f"\nModel:      {args.output_dir}"
+            f"\nCurves:     tensorboard --logdir {args.logging_dir}"
+            f"\nTry it:     python -c \"from transformers import pipeline; print(pipeline('text-classification', "
+            f"model={args.output_dir!r}, truncation=True)('A film to remember.'))\""
+        )
+    trainer.accelerator.end_training()
+    return results
+
+
+if __name__ == "__main__":
+    main()
