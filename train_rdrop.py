@@ -43,12 +43,14 @@ from transformers import (
     EarlyStoppingCallback,
     HfArgumentParser,
     Trainer,
+    TrainerState,
     TrainingArguments,
     enable_full_determinism,
     set_seed,
 )
 from transformers.hf_argparser import HfArg
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.trainer_utils import sort_checkpoints
 
 WITHOUT_HUB = (
     f"The Hub asked was {constants.ENDPOINT}: give a local folder, or set HF_ENDPOINT in the shell to a mirror."
@@ -59,7 +61,8 @@ logger = transformers.utils.logging.get_logger("train_rdrop")
 def fail(message, status=2):
     """End the process with one line on stderr, printed once a machine whatever the number of processes."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"train_rdrop.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+        below_progress_bar = "\n" if status != 2 else ""
+        print(f"{below_progress_bar}train_rdrop.py: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -151,9 +154,70 @@ def parse_args(argv=None) -> RDropArguments:
     parser = HfArgumentParser(RDropArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail  # argparse would print its usage first, some 150 flags
     try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     except (ValueError, ImportError) as error:
         fail(error)
+    if unknown:
+        fail(f"unknown arguments: {' '.join(unknown)}. --help lists those that there are.")
+    return args
+
+
+# ------------------------------------------------------------------------------------------ output and checkpoints
+
+
+def check_output(args: RDropArguments) -> Path | None:
+    """The checkpoint to resume from, if any. Ends the process where an earlier run would be lost, or nothing saved."""
+    output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
+    checkpoints = [Path(folder) for folder in sort_checkpoints(args.output_dir)]
+    checkpoint = None
+    if asked == "last":
+        checkpoint = newest_complete(checkpoints)
+        if checkpoint is None:
+            fail(f"nothing to resume from: no complete checkpoint in {output_dir}. Start without --resume_from_checkpoint.")
+    elif asked is not None:
+        checkpoint = Path(asked).expanduser()
+        if not is_complete(checkpoint):
+            fail(f"--resume_from_checkpoint {asked}: no complete checkpoint there. Name another, or say 'last'.")
+    ours = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    earlier = checkpoints or [output_dir / name for name in ("config.json", "trainer_state.json") if (output_dir / name).exists()]
+    if earlier and not ours:
+        fail(
+            f"{output_dir} holds an earlier run ({earlier[-1].name}): go on with it by --resume_from_checkpoint last, or "
+            "choose another --output_dir"
+        )
+    for folder in (args.output_dir, args.logging_dir) if args.should_save else ():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"cannot write to {folder}: {error.strerror}")
+    return checkpoint
+
+
+def newest_complete(checkpoints: list[Path]) -> Path | None:
+    """The last complete one of `checkpoints` (oldest first), with a warning for each that is passed over."""
+    for checkpoint in reversed(checkpoints):
+        if is_complete(checkpoint):
+            return checkpoint
+        logger.warning(f"{checkpoint} is incomplete (or has no optimizer state) and passed over.")
+    return None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether all was written that a run needs to go on: `trainer_state.json` last of all (see `RDropTrainer`)."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return all(any(checkpoint.glob(part)) for part in ("*model*", "optimizer*", "scheduler.pt", "rng_state*.pth"))
+
+
+def how_to_resume(args: RDropArguments) -> str:
+    """A sentence for somebody whose run has just been ended."""
+    checkpoint = newest_complete([Path(folder) for folder in sort_checkpoints(args.output_dir)])
+    if checkpoint is None:
+        return "No checkpoint has been saved."
+    return f"Add --resume_from_checkpoint last to the same command to go on from {checkpoint}."
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -183,7 +247,7 @@ def load_splits(args: RDropArguments) -> DatasetDict:
             found = load_dataset(name, args.dataset_config_name)
     except (OSError, ValueError, DatasetsError) as error:
         if os.path.isdir(name):
-            fail(f"cannot read {name}: {error.__cause__ or error}. Every file needs the same columns and some rows.")
+            fail(f"cannot read {name}: {error.__cause__ or error} (Is a split empty, or has other columns than the rest?)")
         fail(f"cannot get the data set {name}: {error}. {WITHOUT_HUB}")
 
     splits = DatasetDict()
@@ -274,6 +338,10 @@ def load_model(args: RDropArguments, names: list[str]):
     path = folder_or_hub_id("model_name_or_path", args.model_name_or_path, r"\w[\w.-]*(/[\w.-]+)?")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if tokenizer.pad_token is None:
+            fail(f"the tokenizer of {path} has no padding token, so that no batch can be made of its texts")
+        if args.max_length is not None and args.max_length <= tokenizer.num_special_tokens_to_add():
+            fail(f"--max_length {args.max_length} leaves no token of a text beside the model's special tokens")
         model = AutoModelForSequenceClassification.from_pretrained(
             path,
             num_labels=len(names),
@@ -284,8 +352,6 @@ def load_model(args: RDropArguments, names: list[str]):
         )
     except (OSError, ValueError) as error:
         fail(f"cannot load the model {path}: {error}. {'' if os.path.isdir(path) else WITHOUT_HUB}")
-    if tokenizer.pad_token is None:
-        fail(f"the tokenizer of {path} has no padding token, so that no batch can be made of its texts")
 
     # A position table with a padding index counts from there (RoBERTa: 514 positions take 512 tokens).
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf]
@@ -364,6 +430,10 @@ class RDropLoss(nn.Module):
 # --------------------------------------------------------------------------------------------------------- trainer
 
 
+class StopRequested(Exception):
+    """Raised in the training loop once the checkpoint that a SIGTERM asked for is saved."""
+
+
 class RDropTrainer(Trainer):
     """A `Trainer` whose training steps run the model twice (once if `alpha` is 0) and take `RDropLoss`.
 
@@ -381,6 +451,8 @@ class RDropTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the same, as transformers before 5.23 knows it
         self.rdrop_loss = RDropLoss(alpha, label_smoothing)
         self._sums = torch.zeros(3, device=self.args.device)  # CE, KL and steps since the last log
+        self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
+        self._stop_requested = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch with `labels` (batch); with `return_outputs` also the logits of the first pass."""
@@ -399,6 +471,8 @@ class RDropTrainer(Trainer):
             # summed on the device: reading a value here would make the CPU wait for the GPU in every step
             step = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
             self._sums += step / getattr(self, "current_gradient_accumulation_steps", 1)
+            bad_step = self._first_bad_step.clamp(max=self.state.global_step + 1)
+            self._first_bad_step = torch.where(loss.detach().isfinite(), self._first_bad_step, bad_step)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
@@ -411,8 +485,60 @@ class RDropTrainer(Trainer):
                 logs["kl"] = kl / steps
         super().log(logs, *args, **kwargs)
 
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate as `Trainer` does, with the loss averaged over samples, whatever the batches and processes."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if output.predictions is not None and output.label_ids is not None:
+            # Trainer averages over batches, and counts those samples again that fill up the last one of each process
+            loss = self.rdrop_loss.cross_entropy(torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids))
+            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+        return output
+
+    def check_loss(self):
+        """Raise `FloatingPointError` if the loss of a step so far, on any process, was not finite."""
+        step = self.accelerator.gather(self._first_bad_step).min().item()
+        if step < math.inf:
+            raise FloatingPointError(f"the loss of step {int(step)} is not finite")
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self._stop_requested:  # before Trainer evaluates and goes on as if the training had come to its end
+            raise StopRequested
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.check_loss()
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except FloatingPointError as error:  # of compute_metrics
+            raise FloatingPointError(f"{error} after step {self.state.global_step}") from error
+
+    def _save_checkpoint(self, model, trial):
+        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if not self.control.should_save:  # unasked for: --enable_jit_checkpoint, after a SIGTERM
+            self._stop_requested = True
+            self.check_loss()
+            if is_complete(checkpoint):
+                return
+        if self.args.should_save:  # Trainer writes this file last, so that a checkpoint is complete where it is there
+            (checkpoint / "trainer_state.json").unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # each process writes such a file, and trainer_state.json comes next
+
     def _get_eval_sampler(self, eval_dataset):
         return None  # in the order of the data set, longest first, under every --train_sampling_strategy
+
+    def create_model_card(self, *args, **kwargs):
+        """Write `Trainer`'s model card, which holds data, metrics and settings, with a section on the recipe."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(
+                    "\n### Recipe\n\nR-Drop ([Liang et al., 2021](https://arxiv.org/abs/2106.14448)) with alpha "
+                    f"{self.rdrop_loss.alpha} and label smoothing {self.rdrop_loss.label_smoothing}: two forward passes "
+                    "of each batch, loss `1/2 (CE1 + CE2) + alpha/2 (KL(p2||p1) + KL(p1||p2))`.\n"
+                )
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -423,8 +549,13 @@ def compute_metrics(eval_pred) -> dict[str, float]:
 
     Two classes: F1 of class 1, and AUC from its softmax probability. More: macro F1 and one-vs-rest macro AUC. AUC is
     left out, with a warning, where a class has no example in the labels: it is undefined there.
+
+    Raises:
+        FloatingPointError: if a logit is not finite.
     """
     logits, labels = eval_pred
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the logits of the evaluation are not finite")
     classes = np.arange(logits.shape[-1])
     predictions = logits.argmax(axis=-1)
     metrics = {
@@ -446,18 +577,41 @@ def compute_metrics(eval_pred) -> dict[str, float]:
 
 def main(argv=None) -> dict[str, float]:
     """Train as `argv` (a list of strings, default: the command line) says; returns what `all_results.json` holds."""
+    if parse_version(transformers.__version__) < parse_version("5.17"):
+        fail(f"transformers {transformers.__version__} is too old: 5.17 or later is needed (see requirements.txt)")
     args = parse_args(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        fail(f"interrupted. {how_to_resume(args)}", status=130)
+    except StopRequested:
+        fail(f"stopped by SIGTERM. {how_to_resume(args)}", status=143)
+    except FloatingPointError as error:
+        fail(f"{error}: the training has diverged. Lower --learning_rate, or try --bf16 or --fp16 false. {how_to_resume(args)}", status=1)
+
+
+def run(args: RDropArguments) -> dict[str, float]:
+    """Load the data and the model, train, evaluate and save; returns the metrics."""
+    checkpoint = check_output(args)
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)  # before the new head is drawn
     splits = load_splits(args)
     tokenizer, model, limit = load_model(args, splits["train"].features["labels"].names)
-    max_length = min(args.max_length or limit, limit)
     if args.max_length and args.max_length > limit:
         logger.warning(f"--max_length {args.max_length} is more than the model takes: texts are cut to {limit} tokens.")
+    max_length = min(args.max_length or limit, limit)
     splits = tokenize(splits, tokenizer, args, max_length)
+
+    patience = args.early_stopping_patience or sys.maxsize
+    early_stopping = EarlyStoppingCallback(patience, args.early_stopping_threshold)
+    if checkpoint:  # Trainer restores everything but the patience that is used up
+        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        saved = state.stateful_callbacks.get("EarlyStoppingCallback", {"attributes": {}})["attributes"]
+        early_stopping.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
+        if early_stopping.early_stopping_patience_counter >= patience:
+            args.max_steps, args.num_train_epochs = -1, int(state.epoch)  # it had stopped: no epoch is left
 
     # Tensor cores like multiples of 8, which must not pad beyond the model's positions.
     pad_to_8 = (args.fp16 or args.bf16) and -(-max_length // 8) * 8 <= limit
-    stop_early = args.early_stopping_patience > 0 and args.eval_strategy != "no"
     trainer = RDropTrainer(
         model=model,
         args=args,
@@ -466,29 +620,38 @@ def main(argv=None) -> dict[str, float]:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if pad_to_8 else None),
         compute_metrics=compute_metrics,
-        callbacks=[EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)] * stop_early,
+        callbacks=[early_stopping] if args.eval_strategy != "no" else [],
         alpha=args.rdrop_alpha,
         label_smoothing=args.label_smoothing_factor,
     )
-    run_dir = os.path.join(args.logging_dir, datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")[:-3])
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):
-            callback.logging_dir = run_dir
+        if isinstance(callback, TensorBoardCallback):  # each run in a folder of its own, named by its start
+            callback.logging_dir = os.path.join(args.logging_dir, f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"[:-3])
 
-    results = trainer.train().metrics
+    results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    if checkpoint:
+        results.pop("train_loss")  # Trainer's mean knows nothing of the steps before the interruption
+    trainer.remove_callback(EarlyStoppingCallback)  # its work is done, and it would ask the test split for eval_f1
     trainer.save_model()
-    trainer.save_state()
     trainer.log_metrics("train", results)
     trainer.save_metrics("train", results)
-    for split, prefix in (("validation", "eval"), ("test", "test")) if args.validation_fraction else (("test", "eval"),):
+    for prefix, split in {"eval": "validation", "test": "test"}.items() if "validation" in splits else [("eval", "test")]:
         metrics = trainer.evaluate(splits[split], metric_key_prefix=prefix)
         trainer.log_metrics(prefix, metrics)
         trainer.save_metrics(prefix, metrics)
         results.update(metrics)
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub(
+            finetuned_from=args.model_name_or_path,
+            tasks="text-classification",
+            dataset=args.dataset_name,
+            tags=["r-drop", "label-smoothing"],
+        )
     if trainer.is_world_process_zero():
-        figures = (f"{name} {results[f'{prefix}_{name}']:.4f}" for name in ("accuracy", "f1", "auc") if f"{prefix}_{name}" in results)
+        shown = [f"{name} {metrics[f'{prefix}_{name}']:.4f}" for name in ("accuracy", "f1", "auc") if f"{prefix}_{name}" in metrics]
         print(
-            f"\nTest split: {', '.join(figures)}"
+            f"\nTest split: {', '.join(shown)}"
             f"\nModel:      {args.output_dir}"
             f"\nCurves:     tensorboard --logdir {args.logging_dir}"
             f"\nTry it:     python -c \"from transformers import pipeline; print(pipeline('text-classification', "

@@ -1,0 +1,164 @@
+"""Killed, stopped and interrupted runs, and what they leave behind."""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+FIGURES = ("eval_loss", "eval_accuracy", "eval_f1", "eval_auc", "epoch")
+
+
+def figures(run):
+    return {name: run.json("all_results.json")[name] for name in FIGURES}
+
+
+def wait_for(condition, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny):
+    """A run of 4 epochs that nobody interrupted."""
+    from conftest import Run
+
+    folder = tmp_path_factory.mktemp("whole")
+    base = ["--model_name_or_path", tiny / "model", "--dataset_name", tiny / "data", "--learning_rate", "1e-3", "--use_cpu"]
+    run = Run([*base, "--num_train_epochs", "4"], folder).wait()
+    assert run.status == 0, run.err
+    return run
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "results_rdrop/checkpoint-25/model.safetensors",
+        "results_rdrop/checkpoint-50/model.safetensors",
+        "results_rdrop/checkpoint-50/optimizer.pt",
+        "results_rdrop/checkpoint-75/trainer_state.json",
+        "results_rdrop/checkpoint-100/rng_state.pth",
+        "results_rdrop/checkpoint-100/trainer_state.json",
+        "results_rdrop/all_results.json",
+    ],
+)
+def test_killed_at_any_moment_and_resumed_it_ends_as_if_never_killed(start, whole, tmp_path, moment):
+    run = start("--num_train_epochs", "4")
+    wait_for(lambda: (tmp_path / moment).exists() or run.process.exitcode is not None)
+    run.process.kill()
+    assert run.wait().status == -signal.SIGKILL
+    resumed = start("--num_train_epochs", "4", "--resume_from_checkpoint", "last").wait()
+    if moment.startswith("results_rdrop/checkpoint-25/"):  # the first checkpoint was never finished
+        assert resumed.status == 2 and "nothing to resume from" in resumed.said[0]
+        return
+    assert resumed.status == 0, resumed.err
+    assert figures(resumed) == figures(whole)
+    ours, theirs = (load_file(r.folder / "results_rdrop" / "model.safetensors") for r in (resumed, whole))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_half_written_checkpoint_is_passed_over_by_name(start, tmp_path):
+    assert start("--num_train_epochs", "2").wait().status == 0
+    for part in ("trainer_state.json", "optimizer.pt"):
+        lost = tmp_path / "results_rdrop" / "checkpoint-50" / part
+        kept = lost.rename(tmp_path / part)
+        run = start("--num_train_epochs", "2", "--resume_from_checkpoint", "last", "--logging_steps", "1").wait()
+        assert run.status == 0, run.err
+        assert "checkpoint-50 is incomplete" in run.err and "checkpoint-25 is incomplete" not in run.err
+        assert run.json("checkpoint-50/trainer_state.json")["global_step"] == 50  # written anew, from checkpoint-25
+        assert "train_loss" not in run.json("train_results.json")
+        kept.unlink()
+    run = start("--resume_from_checkpoint", tmp_path / "results_rdrop" / "checkpoint-99").wait()
+    assert run.status == 2 and "no complete checkpoint" in run.said[0]
+
+
+def test_resume_from_a_path_goes_on_from_there(start, tmp_path):
+    assert start("--num_train_epochs", "2", "--logging_steps", "1").wait().status == 0
+    path = tmp_path / "results_rdrop" / "checkpoint-25"
+    run = start("--num_train_epochs", "2", "--logging_steps", "1", "--resume_from_checkpoint", path).wait()
+    assert run.status == 0, run.err
+    assert "'epoch': '1.04'" in run.out and "'epoch': '1'}" not in run.out
+
+
+def test_run_killed_after_it_stopped_early_does_not_train_on(start, tmp_path):
+    flags = ("--early_stopping_patience", "1", "--early_stopping_threshold", "0.9", "--num_train_epochs", "9")
+    whole = start(*flags).wait()
+    assert whole.status == 0 and whole.json("trainer_state.json")["global_step"] == 50, whole.err
+    wanted = figures(whole)
+    for name in ("all_results.json", "model.safetensors"):
+        (tmp_path / "results_rdrop" / name).unlink()
+    resumed = start(*flags, "--resume_from_checkpoint", "last").wait()
+    assert resumed.status == 0, resumed.err
+    assert figures(resumed) == wanted and resumed.json("trainer_state.json")["global_step"] == 50
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume_from_checkpoint", "elsewhere/checkpoint-25")])
+def test_folder_of_an_earlier_run_is_refused_untouched(start, tmp_path, flags):
+    assert start("--num_train_epochs", "1").wait().status == 0
+    shutil.copytree(tmp_path / "results_rdrop", tmp_path / "elsewhere")
+    logs = list((tmp_path / "logs_rdrop").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results_rdrop").rglob("*")}
+    run = start("--num_train_epochs", "1", *flags).wait()
+    assert run.status == 2 and len(run.said) == 1 and "Traceback" not in run.err
+    assert "--resume_from_checkpoint last" in run.said[0] and "another --output_dir" in run.said[0]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "results_rdrop").rglob("*")}
+    assert logs == list((tmp_path / "logs_rdrop").iterdir())
+
+
+def test_nothing_to_resume_from(start):
+    run = start("--resume_from_checkpoint", "last").wait()
+    assert run.status == 2 and "nothing to resume from" in run.said[0] and len(run.said) == 1
+
+
+LONG = ("--num_train_epochs", "200", "--logging_steps", "5", "--early_stopping_patience", "0")
+
+
+def test_sigterm_saves_and_stops(start, tmp_path):
+    run = start(*LONG, "--enable_jit_checkpoint")
+    wait_for(lambda: (tmp_path / "results_rdrop" / "checkpoint-25" / "trainer_state.json").exists())
+    run.process.terminate()
+    run.wait()
+    assert run.status == 143, run.err
+    assert len(run.said) == 1 and "--resume_from_checkpoint last" in run.said[0] and "Traceback" not in run.err
+    names = {path.name for path in (tmp_path / "results_rdrop").iterdir()}
+    assert all(name.startswith("checkpoint-") for name in names), "it went on to the final model or its figures"
+    newest = max((tmp_path / "results_rdrop").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    assert str(newest.name) in run.said[0]
+    step = int(newest.name.split("-")[1])
+    last_logged = max(entry["step"] for entry in run.json(f"{newest.name}/trainer_state.json")["log_history"])
+    assert last_logged <= step and not (newest / "checkpoint-is-incomplete.txt").exists()
+    resumed = start(*LONG, "--max_steps", str(step + 5), "--resume_from_checkpoint", "last").wait()
+    assert resumed.status == 0 and resumed.json("trainer_state.json")["global_step"] == step + 5, resumed.err
+
+
+def test_ctrl_c_ends_in_one_line(start, tmp_path):
+    run = start(*LONG)
+    wait_for(lambda: "'loss'" in run.out if Path(f"{run.log}.out").exists() else False)
+    os_kill(run, signal.SIGINT)
+    assert run.wait().status == 130, run.err
+    assert len(run.said) == 1 and run.said[0].startswith("train_rdrop.py: interrupted.") and "Traceback" not in run.err
+
+
+def os_kill(run, signum):
+    import os
+
+    os.kill(run.process.pid, signum)
+
+
+@pytest.mark.parametrize("flags, what", [
+    (("--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"), "logits of the evaluation are not finite after step 2"),
+    (("--eval_strategy", "no", "--load_best_model_at_end", "false", "--save_steps", "1"), "loss of step 3 is not finite"),
+    (("--eval_strategy", "no", "--load_best_model_at_end", "false", "--save_steps", "9", "--max_steps", "4"), "loss of step 3 is not finite"),
+])
+def test_loss_that_is_not_finite_stops_the_run(start, tmp_path, flags, what):
+    # the warmup gives the first step learning rate 0, the second one that breaks the model
+    run = start("--learning_rate", "1e32", "--save_strategy", "steps", "--save_total_limit", "9", "--max_grad_norm", "0", *flags).wait()
+    assert run.status == 1, run.err
+    assert len(run.said) == 1 and what in run.said[0] and "Traceback" not in run.err
+    saved = {path.name for path in (tmp_path / "results_rdrop").iterdir()}
+    assert not (saved - {"checkpoint-1", "checkpoint-2"}), "nothing is saved after the loss was seen, nor a final model"
+    assert "checkpoint-1" in saved or "9" in flags
