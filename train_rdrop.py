@@ -354,7 +354,8 @@ def load_model(args: RDropArguments, names: list[str]):
         fail(f"cannot load the model {path}: {error}. {'' if os.path.isdir(path) else WITHOUT_HUB}")
 
     # A position table with a padding index counts from there (RoBERTa: 514 positions take 512 tokens).
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf]
+    positions = getattr(model.config, "max_position_embeddings", None) or -1
+    limits = [tokenizer.model_max_length, positions if positions > 0 else math.inf]
     for module_name, module in model.named_modules():
         if module_name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))

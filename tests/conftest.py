@@ -29,23 +29,25 @@ server.set_forkserver_preload(
 )
 
 
-def start_here(argv, folder, env, log):
-    """Become `python train_rdrop.py *argv` in `folder`, output to `log`.out and `log`.err."""
+def start_here(argv, folder, env, log, prelude):
+    """Become `python train_rdrop.py *argv` in `folder`, output to `log`.out and `log`.err; `prelude` is run first."""
     os.chdir(folder)
     os.environ.update(env)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     sys.argv = [str(SCRIPT), *argv]
+    exec(prelude, {})
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 class Run:
     """The script, started in the background: `wait()` for it, `process.kill()` it, look at what it wrote."""
 
-    def __init__(self, argv, folder, env=None, name="run"):
+    def __init__(self, argv, folder, env=None, name="run", prelude=""):
         self.folder = Path(folder)
         self.log = self.folder / name
-        self.process = server.Process(target=start_here, args=([str(a) for a in argv], folder, env or {}, self.log))
+        arguments = ([str(a) for a in argv], folder, env or {}, self.log, prelude)
+        self.process = server.Process(target=start_here, args=arguments)
         self.process.start()
 
     def wait(self, timeout=120):

@@ -1,14 +1,11 @@
 """The defaults are the recipe; mistakes in flags and data end in one line."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SCRIPT
+from conftest import ROOT
 from transformers import TrainingArguments
 
 from train_rdrop import RDropArguments, load_splits, parse_args
@@ -81,19 +78,21 @@ def test_every_field_of_ours_has_a_help_text():
         assert RDropArguments.__dataclass_fields__[name].metadata["help"], name
 
 
-def test_import_starts_nothing(tmp_path):
-    code = """
-import os, random
+def test_import_starts_nothing(start):
+    code = f"""
+import os, random, sys
 import datasets, numpy, sklearn.metrics, torch, transformers  # which do set variables of their own
 transformers.Trainer, transformers.EarlyStoppingCallback, transformers.integrations.TensorBoardCallback
 state = lambda: (dict(os.environ), torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()))
 before = state()
+sys.path.insert(0, {str(ROOT)!r})
+files = os.listdir()
 import train_rdrop
-assert state() == before
-assert os.listdir() == []
+assert state() == before and os.listdir() == files
+sys.exit()
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=env)
+    run = start(prelude=code).wait()
+    assert run.status == 0, run.err
 
 
 MISTAKES = {
@@ -228,6 +227,6 @@ def test_labels_of_each_kind(load, tmp_path, labels, names, ids):
         assert rows.features["labels"].names == names and rows["labels"][:] == ids
 
 
-def test_help_names_our_flags():
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "--rdrop_alpha" in shown and "(default: 5.0)" in shown
+def test_help_names_our_flags(start):
+    run = start("--help").wait()
+    assert run.status == 0 and "--rdrop_alpha" in run.out and "(default: 5.0)" in run.out

@@ -8,33 +8,41 @@ import pytest
 from conftest import SCRIPT
 from local_hub import Hub
 
+TRAIN = "--model_name_or_path owner/tiny-roberta --dataset_name owner/tiny-imdb --num_train_epochs 1 --report_to none"
+STARTS = {
+    "push": [*TRAIN.split(), "--push_to_hub", "--hub_model_id", "somebody/reviews"],
+    "no data": ["--dataset_name", "owner/nothing", "--output_dir", "out1"],
+    "no model": ["--dataset_name", "owner/tiny-imdb", "--model_name_or_path", "owner/nothing", "--output_dir", "out2"],
+}
 
-@pytest.fixture
-def hub(tiny):
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """What each of `STARTS`, all at the same time, has written and pushed: (status, stderr, pushed files)."""
     hub = Hub({"models/owner/tiny-roberta": tiny / "model", "datasets/owner/tiny-imdb": tiny / "data"})
-    yield hub
+    folder = tmp_path_factory.mktemp("hub")
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_made_up", "HF_HOME": str(folder)}
+    started = {
+        name: subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+        for name, flags in STARTS.items()
+    }
+    ended = {name: (run.communicate()[1], run.returncode) for name, run in started.items()}
     hub.close()
+    return {name: (status, err, hub.pushed) for name, (err, status) in ended.items()}
 
 
-def start(hub, folder, *flags):
-    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_made_up", "HF_HOME": str(folder / "hf")}
-    return subprocess.run([sys.executable, SCRIPT, *flags], cwd=folder, env=env, capture_output=True, text=True)
-
-
-def test_model_and_data_from_the_hub_and_result_to_it(hub, tmp_path):
-    flags = "--model_name_or_path owner/tiny-roberta --dataset_name owner/tiny-imdb --num_train_epochs 1 --learning_rate 1e-3"
-    run = start(hub, tmp_path, *flags.split(), "--push_to_hub", "--hub_model_id", "somebody/reviews", "--report_to", "none")
-    assert run.returncode == 0, run.stderr
-    pushed = hub.pushed["somebody/reviews"]
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= pushed.keys()
-    assert not any(name.startswith("checkpoint-") for name in pushed)
-    card = pushed["README.md"].decode()
+def test_model_and_data_from_the_hub_and_result_to_it(runs):
+    status, err, pushed = runs["push"]
+    assert status == 0, err
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= pushed["somebody/reviews"].keys()
+    assert not any(name.startswith("checkpoint-") for name in pushed["somebody/reviews"])
+    card = pushed["somebody/reviews"]["README.md"].decode()
     assert "owner/tiny-imdb" in card and "owner/tiny-roberta" in card and "- F1:" in card and "- Auc:" in card
     assert "R-Drop" in card and "alpha 5.0" in card and "label smoothing 0.1" in card and "hf_made_up" not in card
 
 
-def test_repository_that_is_not_on_the_hub(hub, tmp_path, tiny):
-    for flags, name in ((("--dataset_name", "owner/nope"), "owner/nope"), (("--dataset_name", tiny / "data", "--model_name_or_path", "owner/none"), "owner/none")):
-        run = start(hub, tmp_path, *map(str, flags))
-        said = [line for line in run.stderr.splitlines() if line.startswith("train_rdrop.py: ")]
-        assert run.returncode == 2 and len(said) == 1 and name in said[0] and "Traceback" not in run.stderr, run.stderr
+@pytest.mark.parametrize("what", ["no data", "no model"])
+def test_repository_that_is_not_on_the_hub(runs, what):
+    status, err, _ = runs[what]
+    said = [line for line in err.splitlines() if line.startswith("train_rdrop.py: ")]
+    assert status == 2 and len(said) == 1 and "owner/nothing" in said[0] and "Traceback" not in err, err

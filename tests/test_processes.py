@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPT, Run, scalars
+import tiny_imdb
+from conftest import SCRIPT, scalars
 from safetensors.torch import load_file
 
 DDP = ("--ddp_backend", "gloo")
@@ -26,9 +27,7 @@ def start_two(start):
     return start_two
 
 
-def test_two_processes_train_the_model_of_one_with_twice_the_batch(start, start_two, tiny, tmp_path):
-    import tiny_imdb
-
+def test_two_processes_train_the_model_of_one_with_twice_the_batch(start, start_two, tmp_path):
     tiny_imdb.write_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     flags = ("--model_name_or_path", "model", "--num_train_epochs", "2", "--logging_steps", "5", "--max_grad_norm", "0.05", "--max_eval_samples", "37")
     one = start(*flags, "--per_device_train_batch_size", "16", "--output_dir", "one", "--logging_dir", "logs_one").wait()
@@ -57,3 +56,46 @@ def test_two_processes_write_log_and_speak_once(start_two, tmp_path):
         assert loss == pytest.approx(ce + 5.0 * kl, rel=1e-4)
     resumed = start_two("--num_train_epochs", "3", "--resume_from_checkpoint", "last")
     assert [run.status for run in resumed] == [0, 0], resumed[0].err + resumed[1].err
+
+
+def test_no_buffers_are_broadcast_between_the_passes(start_two, tmp_path):
+    prelude = (
+        "import torch.nn.parallel.distributed as ddp; "
+        "ddp.DistributedDataParallel._sync_buffers = lambda self: print('BUFFERS', self.forward_sync_buffers); "
+        "init = ddp.DistributedDataParallel.__init__; "
+        "ddp.DistributedDataParallel.__init__ = lambda self, *args, **kwargs: print('DDP', kwargs) or init(self, *args, **kwargs)"
+    )
+    runs = start_two("--max_steps", "2", "--eval_strategy", "no", "--load_best_model_at_end", "false", prelude=prelude)
+    assert [run.status for run in runs] == [0, 0], runs[0].err
+    assert all("DDP" in run.out and "BUFFERS" not in run.out for run in runs)
+    assert all("find_unused_parameters': True" not in run.out for run in runs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launched(tiny, tmp_path_factory):
+    """Real launchers, in the background while the other tests run: {"torchrun" (bad data), "accelerate"}."""
+    flags = f"--model_name_or_path {tiny / 'model'} --use_cpu --ddp_backend gloo --num_train_epochs 1 --dataset_name".split()
+    bad = tmp_path_factory.mktemp("bad")
+    for name in ("train.csv", "test.csv"):
+        (bad / name).write_text("text,label\na film,0\n,1\n")
+    one_machine = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    commands = {
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", SCRIPT, *flags, bad],
+        "accelerate": ["accelerate.commands.launch", *one_machine.split(), SCRIPT, *flags, tiny / "data"],
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path_factory.mktemp("launched")}
+    started = {name: subprocess.Popen([sys.executable, "-m", *map(str, c)], **pipes) for name, c in commands.items()}
+    yield started
+    for run in started.values():
+        run.kill()
+
+
+def test_bad_data_ends_all_processes_with_one_line(launched):
+    _, err = launched["torchrun"].communicate()
+    assert launched["torchrun"].returncode != 0 and err.count("train_rdrop.py: split 'train': 1 of 2 rows") == 1, err
+    assert "exitcode: 2" in err or "exitcode  : 2" in err, err
+
+
+def test_accelerate_launch(launched):
+    out, err = launched["accelerate"].communicate()
+    assert launched["accelerate"].returncode == 0 and out.count("Test split:") == 1, err

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import scalars
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainerCallback
 
 from train_rdrop import RDropArguments, RDropLoss, RDropTrainer, compute_metrics
 
@@ -86,11 +85,12 @@ def test_gradient_accumulation_gives_the_loss_and_gradient_of_one_batch(build):
             per_device_train_batch_size=size, gradient_accumulation_steps=steps,
         )  # fmt: skip
         grads = []
-        trainer.add_callback(type("Grads", (__import__("transformers").TrainerCallback,), {
-            "on_pre_optimizer_step": lambda self, args, state, control, model, **kwargs: grads.append(
-                torch.cat([p.grad.flatten().clone() for p in model.parameters()])
-            )
-        }))  # fmt: skip
+
+        class RecordGradients(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model, grads=grads, **kwargs):
+                grads.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
+
+        trainer.add_callback(RecordGradients)
         trainer.train()
         logs.append((grads, [entry for entry in trainer.state.log_history if "loss" in entry]))
     (grads1, logs1), (grads4, logs4) = logs

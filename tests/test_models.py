@@ -1,0 +1,106 @@
+"""Encoders of several kinds, their limits of length, and the versions the script runs on."""
+
+import pytest
+import tiny_imdb
+import transformers
+from transformers import pipeline
+
+SHAPES = {
+    "BertConfig": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64),
+    "DistilBertConfig": dict(dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=64),
+    "MPNetConfig": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=66),
+    "XLNetConfig": dict(d_model=32, n_layer=2, n_head=2, d_inner=64),
+    "ModernBertConfig": dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=2, cls_token_id=0, sep_token_id=2,
+    ),
+}  # fmt: skip
+SHOW_WIDTHS = """
+import torch
+forward = torch.nn.Embedding.forward
+def shown(self, ids):
+    if len(ids) > 1:  # a batch of texts
+        print("WIDTH", ids.shape[-1])
+    return forward(self, ids)
+torch.nn.Embedding.forward = shown
+"""
+SHORT = ("--num_train_epochs", "1", "--max_train_samples", "64", "--logging_steps", "1")
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_encoder_of_another_kind(start, tmp_path, kind):
+    tokenizer = tiny_imdb.make_tokenizer(model_max_length=10**30)  # knows no limit: the model's counts
+    config = getattr(transformers, kind)(**SHAPES[kind], vocab_size=len(tokenizer), pad_token_id=1)
+    tokenizer.save_pretrained(tmp_path / "model")
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
+    run = start("--model_name_or_path", "model", *SHORT).wait()
+    assert run.status == 0, run.err
+    no_dropout = kind == "ModernBertConfig"  # its probabilities are 0 by default
+    assert ("no active dropout" in run.err) == no_dropout
+    kl = [entry["kl"] for entry in run.json("trainer_state.json")["log_history"] if "kl" in entry]
+    assert len(kl) == 4 and all((value < 1e-12) == no_dropout for value in kl)
+    limit = 512 if kind == "XLNetConfig" else 64
+    assert run.json("tokenizer_config.json")["model_max_length"] == limit
+    (answer,) = pipeline("text-classification", model=str(tmp_path / "results_rdrop"), truncation=True)("film " * 600)
+    assert answer["label"] in ("neg", "pos")
+
+
+@pytest.mark.parametrize("tokenizer_limit", [512, 10**30, 20])
+def test_texts_are_cut_to_what_the_model_takes(start, tmp_path, tokenizer_limit):
+    tiny_imdb.write_model(tmp_path / "model", max_position_embeddings=42)  # RoBERTa: 40 tokens
+    tiny_imdb.make_tokenizer(tokenizer_limit).save_pretrained(tmp_path / "model")
+    run = start("--model_name_or_path", "model", *SHORT, prelude=SHOW_WIDTHS).wait()
+    assert run.status == 0, run.err
+    limit = min(40, tokenizer_limit)
+    assert max(int(line.split()[1]) for line in run.out.splitlines() if line.startswith("WIDTH")) == limit
+    assert run.json("tokenizer_config.json")["model_max_length"] == limit
+
+
+@pytest.mark.parametrize("positions, width", [(66, 64), (44, 42)])
+def test_padding_to_a_multiple_of_8_stays_within_the_positions(start, tmp_path, positions, width):
+    tiny_imdb.write_model(tmp_path / "model", max_position_embeddings=positions)
+    run = start("--model_name_or_path", "model", "--bf16", *SHORT, prelude=SHOW_WIDTHS).wait()
+    assert run.status == 0, run.err
+    widths = {int(line.split()[1]) for line in run.out.splitlines() if line.startswith("WIDTH")}
+    assert max(widths) == width and (positions == 44 or all(w % 8 == 0 for w in widths))
+
+
+def test_max_length_beyond_the_model_is_cut_with_a_warning(start):
+    run = start("--max_length", "9999", *SHORT).wait()
+    assert run.status == 0 and "--max_length 9999 is more than the model takes" in run.err, run.err
+
+
+def test_head_for_other_labels_is_replaced(start, tmp_path):
+    tiny_imdb.write_model(tmp_path / "model", num_labels=5)
+    run = start("--model_name_or_path", "model", *SHORT).wait()
+    assert run.status == 0, run.err
+    assert run.json("config.json")["id2label"] == {"0": "neg", "1": "pos"}
+
+
+def test_half_precision_checkpoint_trains_in_float32(start, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    tiny_imdb.write_model(tmp_path / "model")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    model.half().save_pretrained(tmp_path / "model")
+    run = start("--model_name_or_path", "model", *SHORT).wait()
+    assert run.status == 0, run.err
+    assert {w.dtype for w in load_file(tmp_path / "results_rdrop" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_model_without_weights_or_padding_token_is_refused(start, tmp_path):
+    tiny_imdb.write_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    run = start("--model_name_or_path", "model").wait()
+    assert run.status == 2 and len(run.said) == 1 and "model.safetensors" in run.said[0] and "Traceback" not in run.err
+    tokenizer = tiny_imdb.make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = start("--model_name_or_path", "model").wait()
+    assert run.status == 2 and "padding token" in run.said[0], run.err
+
+
+def test_too_old_transformers_says_so(start):
+    run = start(prelude="import transformers; transformers.__version__ = '5.16.4'").wait()
+    assert run.status == 2 and len(run.said) == 1 and "5.16.4 is too old" in run.said[0], run.err
