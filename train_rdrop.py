@@ -16,6 +16,7 @@ The file reads in the order in which data flows: arguments, data, model, loss, t
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -52,17 +53,17 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_utils import sort_checkpoints
 
-WITHOUT_HUB = (
-    f"The Hub asked was {constants.ENDPOINT}: give a local folder, or set HF_ENDPOINT in the shell to a mirror."
-)
-logger = transformers.utils.logging.get_logger("train_rdrop")
+OTHER_HUB = f"The Hub asked was {constants.ENDPOINT}: give a local folder, or set HF_ENDPOINT in the shell to a mirror."
+SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one a machine
+logger = logging.getLogger("train_rdrop")
+logger.setLevel(logging.WARNING if SPEAKS else logging.CRITICAL)
 
 
 def fail(message, status=2):
-    """End the process with one line on stderr, printed once a machine whatever the number of processes."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        below_progress_bar = "\n" if status != 2 else ""
-        print(f"{below_progress_bar}train_rdrop.py: {' '.join(str(message).split())}", file=sys.stderr)
+    """End the process with one line on stderr."""
+    if SPEAKS:
+        progress_bar_above = status != 2
+        print("\n" * progress_bar_above + f"train_rdrop.py: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -167,22 +168,19 @@ def parse_args(argv=None) -> RDropArguments:
 
 def check_output(args: RDropArguments) -> Path | None:
     """The checkpoint to resume from, if any. Ends the process where an earlier run would be lost, or nothing saved."""
-    output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
-    checkpoints = [Path(folder) for folder in sort_checkpoints(args.output_dir)]
-    checkpoint = None
+    output_dir, asked, checkpoint = Path(args.output_dir), args.resume_from_checkpoint, None
     if asked == "last":
-        checkpoint = newest_complete(checkpoints)
+        checkpoint = newest_complete(output_dir)
         if checkpoint is None:
-            fail(f"nothing to resume from: no complete checkpoint in {output_dir}. Start without --resume_from_checkpoint.")
+            fail(f"nothing to resume from: there is no complete checkpoint in {output_dir}")
     elif asked is not None:
         checkpoint = Path(asked).expanduser()
         if not is_complete(checkpoint):
-            fail(f"--resume_from_checkpoint {asked}: no complete checkpoint there. Name another, or say 'last'.")
-    ours = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-    earlier = checkpoints or [output_dir / name for name in ("config.json", "trainer_state.json") if (output_dir / name).exists()]
-    if earlier and not ours:
+            fail(f"--resume_from_checkpoint {asked}: there is no complete checkpoint. Give its folder, or: last")
+    earlier = [*output_dir.glob("checkpoint-*"), *output_dir.glob("config.json"), *output_dir.glob("*_results.json")]
+    if earlier and (checkpoint is None or checkpoint.resolve().parent != output_dir.resolve()):
         fail(
-            f"{output_dir} holds an earlier run ({earlier[-1].name}): go on with it by --resume_from_checkpoint last, or "
+            f"{output_dir} holds an earlier run ({earlier[0].name}): go on with it by --resume_from_checkpoint last, or "
             "choose another --output_dir"
         )
     for folder in (args.output_dir, args.logging_dir) if args.should_save else ():
@@ -194,30 +192,22 @@ def check_output(args: RDropArguments) -> Path | None:
     return checkpoint
 
 
-def newest_complete(checkpoints: list[Path]) -> Path | None:
-    """The last complete one of `checkpoints` (oldest first), with a warning for each that is passed over."""
-    for checkpoint in reversed(checkpoints):
+def newest_complete(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint in `output_dir`, with a warning for each newer one that is passed over."""
+    for checkpoint in map(Path, reversed(sort_checkpoints(output_dir))):
         if is_complete(checkpoint):
             return checkpoint
-        logger.warning(f"{checkpoint} is incomplete (or has no optimizer state) and passed over.")
+        logger.warning(f"{checkpoint} is incomplete, or was saved without the optimizer, and is passed over.")
     return None
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether all was written that a run needs to go on: `trainer_state.json` last of all (see `RDropTrainer`)."""
+    """Whether all was written that a run needs to go on: `trainer_state.json` last of all (see `GuardedTrainer`)."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
     return all(any(checkpoint.glob(part)) for part in ("*model*", "optimizer*", "scheduler.pt", "rng_state*.pth"))
-
-
-def how_to_resume(args: RDropArguments) -> str:
-    """A sentence for somebody whose run has just been ended."""
-    checkpoint = newest_complete([Path(folder) for folder in sort_checkpoints(args.output_dir)])
-    if checkpoint is None:
-        return "No checkpoint has been saved."
-    return f"Add --resume_from_checkpoint last to the same command to go on from {checkpoint}."
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -247,8 +237,8 @@ def load_splits(args: RDropArguments) -> DatasetDict:
             found = load_dataset(name, args.dataset_config_name)
     except (OSError, ValueError, DatasetsError) as error:
         if os.path.isdir(name):
-            fail(f"cannot read {name}: {error.__cause__ or error} (Is a split empty, or has other columns than the rest?)")
-        fail(f"cannot get the data set {name}: {error}. {WITHOUT_HUB}")
+            fail(f"cannot read {name}: {error.__cause__ or error} (Is a split empty, or are its columns others?)")
+        fail(f"cannot get the data set {name}: {error}. {OTHER_HUB}")
 
     splits = DatasetDict()
     for split in ("train", "test"):  # no other: IMDB's split unsupervised is labelled -1
@@ -261,20 +251,12 @@ def load_splits(args: RDropArguments) -> DatasetDict:
         if len(rows) == 0:
             fail(f"split {split!r} is empty")
         texts, labels = rows[args.text_column][:], rows[args.label_column][:]
-        refuse(split, args.text_column, texts, lambda text: not (isinstance(text, str) and text.strip()), "empty or not a string")
-        refuse(split, args.label_column, labels, lambda label: label in (None, "") or label != label, "missing")
-        if split == "train":  # the classes are those of the train split
-            feature = rows.features[args.label_column]
-            if len({type(label) for label in labels}) > 1 or not isinstance(labels[0], (int, str)):
-                fail(f"column {args.label_column!r} must hold integers 0..n-1 or strings, not {feature}")
-            if len(set(labels)) < 2:
-                fail(f"split 'train' has one label only, {labels[0]!r}: there is nothing to learn")
-            classes = list(range(feature.num_classes)) if isinstance(feature, ClassLabel) else sorted(set(labels))
-            names = feature.names if isinstance(feature, ClassLabel) else [str(label) for label in classes]
-            if isinstance(labels[0], int):
-                classes = list(range(len(classes)))
-        among = f"not among the {len(classes)} classes of train, {classes[0]!r} to {classes[-1]!r}"
-        refuse(split, args.label_column, labels, lambda label: label not in classes, among)
+        refuse(split, args.text_column, texts, lambda x: not isinstance(x, str) or not x.strip(), "empty or not a string")
+        refuse(split, args.label_column, labels, lambda x: x is None or x == "" or x != x, "missing")
+        if split == "train":
+            classes, names = find_classes(rows.features[args.label_column], labels)
+        known = f"not among the {len(classes)} classes of train, {classes[0]!r} to {classes[-1]!r}"
+        refuse(split, args.label_column, labels, lambda x: x not in classes, known)
         ids = [classes.index(label) for label in labels]
         rows = rows.select_columns([args.text_column])
         splits[split] = rows.add_column("labels", ids, feature=ClassLabel(names=names))
@@ -292,6 +274,18 @@ def load_splits(args: RDropArguments) -> DatasetDict:
         if limit is not None and limit < len(splits[split]):
             splits[split] = splits[split].shuffle(seed=args.seed).select(range(limit))
     return splits
+
+
+def find_classes(feature, labels: list) -> tuple[list, list[str]]:
+    """The values that a label can have, in the order of their ids, and their names, from the train split's `labels`."""
+    if len({type(label) for label in labels}) > 1 or not isinstance(labels[0], (int, str)):
+        fail(f"the labels must be integers 0..n-1 or strings, not {feature}")
+    values = sorted(set(labels))
+    if len(values) < 2:
+        fail(f"split 'train' has one label only, {labels[0]!r}: there is nothing to learn")
+    if isinstance(feature, ClassLabel):
+        return list(range(feature.num_classes)), feature.names
+    return values if isinstance(labels[0], str) else list(range(len(values))), [str(value) for value in values]
 
 
 def refuse(split, column, values, is_bad, what):
@@ -351,7 +345,7 @@ def load_model(args: RDropArguments, names: list[str]):
             ignore_mismatched_sizes=True,  # a head trained on other labels gives way to a new one
         )
     except (OSError, ValueError) as error:
-        fail(f"cannot load the model {path}: {error}. {'' if os.path.isdir(path) else WITHOUT_HUB}")
+        fail(f"cannot load the model {path}: {error}. {'' if os.path.isdir(path) else OTHER_HUB}")
 
     # A position table with a padding index counts from there (RoBERTa: 514 positions take 512 tokens).
     positions = getattr(model.config, "max_position_embeddings", None) or -1
@@ -435,7 +429,60 @@ class StopRequested(Exception):
     """Raised in the training loop once the checkpoint that a SIGTERM asked for is saved."""
 
 
-class RDropTrainer(Trainer):
+class GuardedTrainer(Trainer):
+    """A `Trainer` that can be killed, stopped or diverge at any moment without harm. Nothing in it is R-Drop's.
+
+    Raises (from `train`):
+        StopRequested: after a SIGTERM, with `--enable_jit_checkpoint`, once a checkpoint is saved.
+        FloatingPointError: if a loss or an evaluation is not finite; nothing is saved from then on.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
+        self._stop_requested = False
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        # noted on the device: reading the value here would make the CPU wait for the GPU in every step
+        bad_step = self._first_bad_step.clamp(max=self.state.global_step + 1)
+        self._first_bad_step = torch.where(loss.isfinite(), self._first_bad_step, bad_step)
+        return loss
+
+    def check_loss(self):
+        """Raise `FloatingPointError` if the loss of a step so far, on any process, was not finite."""
+        step = self.accelerator.gather(self._first_bad_step).min().item()
+        if step < math.inf:
+            raise FloatingPointError(f"the loss of step {int(step)} is not finite")
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self._stop_requested:  # before Trainer evaluates, and goes on as if the training had come to its end
+            raise StopRequested
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.check_loss()
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except FloatingPointError as error:  # of compute_metrics
+            raise FloatingPointError(f"{error} after step {self.state.global_step}") from error
+
+    def _save_checkpoint(self, model, trial):
+        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if not self.control.should_save:  # not due: the checkpoint of a SIGTERM
+            self._stop_requested = True
+            self.check_loss()
+            if is_complete(checkpoint):
+                return
+        if self.args.should_save:  # Trainer writes this file last: while it is missing, the checkpoint is incomplete
+            (checkpoint / "trainer_state.json").unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # each process writes such a file, and trainer_state.json comes next
+
+
+class RDropTrainer(GuardedTrainer):
     """A `Trainer` whose training steps run the model twice (once if `alpha` is 0) and take `RDropLoss`.
 
     Evaluation runs it once: without dropout both passes are equal, so that CE is the whole loss. `ce` and `kl`, means
@@ -449,31 +496,24 @@ class RDropTrainer(Trainer):
 
     def __init__(self, *args, alpha: float = 1.0, label_smoothing: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the same, as transformers before 5.23 knows it
+        self.model_accepts_loss_kwargs = False  # the same, as versions know it that lack the attribute above
         self.rdrop_loss = RDropLoss(alpha, label_smoothing)
         self._sums = torch.zeros(3, device=self.args.device)  # CE, KL and steps since the last log
-        self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
-        self._stop_requested = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch with `labels` (batch); with `return_outputs` also the logits of the first pass."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
-        if not model.training:
-            loss = self.rdrop_loss.cross_entropy(logits, labels)
+        if model.training and self.rdrop_loss.alpha > 0:
+            ce, kl = self.rdrop_loss.parts(logits, model(**inputs).logits, labels)
+            loss = ce + self.rdrop_loss.alpha * kl
         else:
-            if self.rdrop_loss.alpha > 0:
-                ce, kl = self.rdrop_loss.parts(logits, model(**inputs).logits, labels)
-                loss = ce + self.rdrop_loss.alpha * kl
-            else:
-                loss = ce = self.rdrop_loss.cross_entropy(logits, labels)
-                kl = torch.zeros_like(ce)
-            # summed on the device: reading a value here would make the CPU wait for the GPU in every step
-            step = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
-            self._sums += step / getattr(self, "current_gradient_accumulation_steps", 1)
-            bad_step = self._first_bad_step.clamp(max=self.state.global_step + 1)
-            self._first_bad_step = torch.where(loss.detach().isfinite(), self._first_bad_step, bad_step)
+            loss = ce = self.rdrop_loss.cross_entropy(logits, labels)
+            kl = torch.zeros_like(ce)
+        if model.training:
+            parts = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
+            self._sums += parts / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
@@ -490,55 +530,23 @@ class RDropTrainer(Trainer):
         """Evaluate as `Trainer` does, with the loss averaged over samples, whatever the batches and processes."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if output.predictions is not None and output.label_ids is not None:
-            # Trainer averages over batches, and counts those samples again that fill up the last one of each process
-            loss = self.rdrop_loss.cross_entropy(torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids))
-            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+            # Trainer's mean over batches counts those samples twice that fill up the last batch of each process
+            logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
+            output.metrics[f"{metric_key_prefix}_loss"] = self.rdrop_loss.cross_entropy(logits, labels).item()
         return output
-
-    def check_loss(self):
-        """Raise `FloatingPointError` if the loss of a step so far, on any process, was not finite."""
-        step = self.accelerator.gather(self._first_bad_step).min().item()
-        if step < math.inf:
-            raise FloatingPointError(f"the loss of step {int(step)} is not finite")
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if self._stop_requested:  # before Trainer evaluates and goes on as if the training had come to its end
-            raise StopRequested
-        control = self.control
-        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
-            self.check_loss()
-        try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-        except FloatingPointError as error:  # of compute_metrics
-            raise FloatingPointError(f"{error} after step {self.state.global_step}") from error
-
-    def _save_checkpoint(self, model, trial):
-        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if not self.control.should_save:  # unasked for: --enable_jit_checkpoint, after a SIGTERM
-            self._stop_requested = True
-            self.check_loss()
-            if is_complete(checkpoint):
-                return
-        if self.args.should_save:  # Trainer writes this file last, so that a checkpoint is complete where it is there
-            (checkpoint / "trainer_state.json").unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # each process writes such a file, and trainer_state.json comes next
 
     def _get_eval_sampler(self, eval_dataset):
         return None  # in the order of the data set, longest first, under every --train_sampling_strategy
 
     def create_model_card(self, *args, **kwargs):
-        """Write `Trainer`'s model card, which holds data, metrics and settings, with a section on the recipe."""
+        """Write `Trainer`'s model card, which names data, metrics and settings, and add the recipe."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
                 card.write(
-                    "\n### Recipe\n\nR-Drop ([Liang et al., 2021](https://arxiv.org/abs/2106.14448)) with alpha "
-                    f"{self.rdrop_loss.alpha} and label smoothing {self.rdrop_loss.label_smoothing}: two forward passes "
-                    "of each batch, loss `1/2 (CE1 + CE2) + alpha/2 (KL(p2||p1) + KL(p1||p2))`.\n"
+                    f"\n### Recipe\n\nR-Drop ([Liang et al., 2021](https://arxiv.org/abs/2106.14448)), alpha "
+                    f"{self.rdrop_loss.alpha} (0: a plain baseline), label smoothing {self.rdrop_loss.label_smoothing}; "
+                    "loss `1/2 (CE1 + CE2) + alpha/2 (KL(p2||p1) + KL(p1||p2))` of two forward passes of each batch.\n"
                 )
 
 
@@ -584,20 +592,23 @@ def main(argv=None) -> dict[str, float]:
     try:
         return run(args)
     except KeyboardInterrupt:
-        fail(f"interrupted. {how_to_resume(args)}", status=130)
+        end, status = "interrupted", 130
     except StopRequested:
-        fail(f"stopped by SIGTERM. {how_to_resume(args)}", status=143)
+        end, status = "stopped by SIGTERM", 143
     except FloatingPointError as error:
-        fail(f"{error}: the training has diverged. Lower --learning_rate, or try --bf16 or --fp16 false. {how_to_resume(args)}", status=1)
+        end, status = f"{error}: the training has diverged. Lower --learning_rate, or try --bf16 or --fp16 false", 1
+    checkpoint = newest_complete(Path(args.output_dir))
+    resume = f"Add --resume_from_checkpoint last to the same command to go on from {checkpoint}."
+    fail(f"{end}. {resume if checkpoint else 'No checkpoint has been saved.'}", status)
 
 
 def run(args: RDropArguments) -> dict[str, float]:
-    """Load the data and the model, train, evaluate and save; returns the metrics."""
+    """Load data and model, train, evaluate and save; returns the metrics."""
     checkpoint = check_output(args)
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)  # before the new head is drawn
     splits = load_splits(args)
     tokenizer, model, limit = load_model(args, splits["train"].features["labels"].names)
-    if args.max_length and args.max_length > limit:
+    if args.max_length is not None and args.max_length > limit:
         logger.warning(f"--max_length {args.max_length} is more than the model takes: texts are cut to {limit} tokens.")
     max_length = min(args.max_length or limit, limit)
     splits = tokenize(splits, tokenizer, args, max_length)
@@ -636,23 +647,20 @@ def run(args: RDropArguments) -> dict[str, float]:
     trainer.save_model()
     trainer.log_metrics("train", results)
     trainer.save_metrics("train", results)
-    for prefix, split in {"eval": "validation", "test": "test"}.items() if "validation" in splits else [("eval", "test")]:
+    evaluations = {"eval": "validation", "test": "test"} if "validation" in splits else {"eval": "test"}
+    for prefix, split in evaluations.items():
         metrics = trainer.evaluate(splits[split], metric_key_prefix=prefix)
         trainer.log_metrics(prefix, metrics)
         trainer.save_metrics(prefix, metrics)
         results.update(metrics)
     trainer.save_state()
     if args.push_to_hub:
-        trainer.push_to_hub(
-            finetuned_from=args.model_name_or_path,
-            tasks="text-classification",
-            dataset=args.dataset_name,
-            tags=["r-drop", "label-smoothing"],
-        )
+        on_hub = None if os.path.isdir(args.dataset_name) else args.dataset_name
+        trainer.push_to_hub(dataset=args.dataset_name, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
     if trainer.is_world_process_zero():
-        shown = [f"{name} {metrics[f'{prefix}_{name}']:.4f}" for name in ("accuracy", "f1", "auc") if f"{prefix}_{name}" in metrics]
+        figures = [(name, metrics.get(f"{prefix}_{name}")) for name in ("accuracy", "f1", "auc")]
         print(
-            f"\nTest split: {', '.join(shown)}"
+            f"\nTest split: {', '.join(f'{name} {figure:.4f}' for name, figure in figures if figure is not None)}"
             f"\nModel:      {args.output_dir}"
             f"\nCurves:     tensorboard --logdir {args.logging_dir}"
             f"\nTry it:     python -c \"from transformers import pipeline; print(pipeline('text-classification', "
