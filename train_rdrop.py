@@ -646,13 +646,14 @@ def run(args: RDropArguments) -> dict[str, float]:
     trainer.remove_callback(EarlyStoppingCallback)  # its work is done, and it would ask the test split for eval_f1
     trainer.save_model()
     trainer.log_metrics("train", results)
-    trainer.save_metrics("train", results)
+    trainer.save_metrics("train", results, combined=False)
     evaluations = {"eval": "validation", "test": "test"} if "validation" in splits else {"eval": "test"}
     for prefix, split in evaluations.items():
         metrics = trainer.evaluate(splits[split], metric_key_prefix=prefix)
         trainer.log_metrics(prefix, metrics)
-        trainer.save_metrics(prefix, metrics)
+        trainer.save_metrics(prefix, metrics, combined=False)
         results.update(metrics)
+    trainer.save_metrics("all", results, combined=False)  # at once: Trainer would read back what a kill cut short
     trainer.save_state()
     if args.push_to_hub:
         on_hub = None if os.path.isdir(args.dataset_name) else args.dataset_name

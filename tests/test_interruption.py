@@ -110,6 +110,14 @@ def test_folder_of_an_earlier_run_is_refused_untouched(start, tmp_path, flags):
     assert logs == list((tmp_path / "logs_rdrop").iterdir())
 
 
+def test_results_cut_short_by_a_kill_are_written_anew(start, tmp_path):
+    assert start("--num_train_epochs", "1").wait().status == 0
+    for name in ("all_results.json", "eval_results.json", "trainer_state.json", "model.safetensors"):
+        (tmp_path / "results_rdrop" / name).write_text("")
+    resumed = start("--num_train_epochs", "1", "--resume_from_checkpoint", "last").wait()
+    assert resumed.status == 0 and "eval_f1" in resumed.json("all_results.json"), resumed.err
+
+
 def test_nothing_to_resume_from(start):
     run = start("--resume_from_checkpoint", "last").wait()
     assert run.status == 2 and "nothing to resume from" in run.said[0] and len(run.said) == 1

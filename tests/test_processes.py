@@ -12,15 +12,18 @@ from safetensors.torch import load_file
 DDP = ("--ddp_backend", "gloo")
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.fixture
 def start_two(start):
     """`start_two(*flags)` starts two processes of one run with the environment that torchrun gives them."""
 
     def start_two(*flags, **kwargs):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         runs = [start(*flags, *DDP, env={**env, "RANK": rank, "LOCAL_RANK": rank}, **kwargs) for rank in "01"]
         return [run.wait() for run in runs]
 
@@ -80,8 +83,8 @@ def launched(tiny, tmp_path_factory):
         (bad / name).write_text("text,label\na film,0\n,1\n")
     one_machine = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     commands = {
-        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", SCRIPT, *flags, bad],
-        "accelerate": ["accelerate.commands.launch", *one_machine.split(), SCRIPT, *flags, tiny / "data"],
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, *flags, bad],
+        "accelerate": ["accelerate.commands.launch", "--main_process_port", free_port(), *one_machine.split(), SCRIPT, *flags, tiny / "data"],
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path_factory.mktemp("launched")}
     started = {name: subprocess.Popen([sys.executable, "-m", *map(str, c)], **pipes) for name, c in commands.items()}
