@@ -440,7 +440,7 @@ class GuardedTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
-        self._stop_requested = False
+        self._stop_requests = torch.zeros((), device=self.args.device)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -456,7 +456,12 @@ class GuardedTrainer(Trainer):
             raise FloatingPointError(f"the loss of step {int(step)} is not finite")
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if self._stop_requested:  # before Trainer evaluates, and goes on as if the training had come to its end
+        # All processes stop after the same step, and before Trainer evaluates as if the training had come to its end.
+        if self.args.enable_jit_checkpoint and self.accelerator.reduce(self._stop_requests).item() > 0:
+            self.check_loss()
+            if not is_complete(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")):
+                self.control.should_save = True
+                self._save_checkpoint(self.model, None)
             raise StopRequested
         control = self.control
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
@@ -467,13 +472,12 @@ class GuardedTrainer(Trainer):
             raise FloatingPointError(f"{error} after step {self.state.global_step}") from error
 
     def _save_checkpoint(self, model, trial):
-        checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if not self.control.should_save:  # not due: the checkpoint of a SIGTERM
-            self._stop_requested = True
-            self.check_loss()
-            if is_complete(checkpoint):
-                return
+        if not self.control.should_save:  # not due but a SIGTERM's, within a step, in each process in another one
+            self._stop_requests += 1
+            self.control.should_training_stop = False  # go on to the end of the step
+            return
         if self.args.should_save:  # Trainer writes this file last: while it is missing, the checkpoint is incomplete
+            checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
             (checkpoint / "trainer_state.json").unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
@@ -505,12 +509,10 @@ class RDropTrainer(GuardedTrainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
-        if model.training and self.rdrop_loss.alpha > 0:
-            ce, kl = self.rdrop_loss.parts(logits, model(**inputs).logits, labels)
-            loss = ce + self.rdrop_loss.alpha * kl
-        else:
-            loss = ce = self.rdrop_loss.cross_entropy(logits, labels)
-            kl = torch.zeros_like(ce)
+        two_passes = model.training and self.rdrop_loss.alpha > 0
+        other = model(**inputs).logits if two_passes else logits  # equal logits: KL 0, and the CE of one pass
+        ce, kl = self.rdrop_loss.parts(logits, other, labels)
+        loss = ce + self.rdrop_loss.alpha * kl
         if model.training:
             parts = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
             self._sums += parts / getattr(self, "current_gradient_accumulation_steps", 1)
@@ -649,6 +651,7 @@ def run(args: RDropArguments) -> dict[str, float]:
     trainer.save_metrics("train", results, combined=False)
     evaluations = {"eval": "validation", "test": "test"} if "validation" in splits else {"eval": "test"}
     for prefix, split in evaluations.items():
+        vars(trainer).pop("_eval_dataloaders", None)  # of persistent workers: Trainer would evaluate the last split again
         metrics = trainer.evaluate(splits[split], metric_key_prefix=prefix)
         trainer.log_metrics(prefix, metrics)
         trainer.save_metrics(prefix, metrics, combined=False)

@@ -1,5 +1,6 @@
 """Killed, stopped and interrupted runs, and what they leave behind."""
 
+import os
 import shutil
 import signal
 import time
@@ -57,9 +58,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_never_killed(start, whol
         assert resumed.status == 2 and "nothing to resume from" in resumed.said[0]
         return
     assert resumed.status == 0, resumed.err
-    assert figures(resumed) == figures(whole)
-    ours, theirs = (load_file(r.folder / "results_rdrop" / "model.safetensors") for r in (resumed, whole))
-    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+    assert_same_end(whole, resumed, ("results_rdrop", "results_rdrop"))
 
 
 def test_half_written_checkpoint_is_passed_over_by_name(start, tmp_path):
@@ -126,36 +125,42 @@ def test_nothing_to_resume_from(start):
 LONG = ("--num_train_epochs", "200", "--logging_steps", "5", "--early_stopping_patience", "0")
 
 
-def test_sigterm_saves_and_stops(start, tmp_path):
-    run = start(*LONG, "--enable_jit_checkpoint")
+SIX = ("--num_train_epochs", "6", "--early_stopping_patience", "0")
+# Trainer waits 3 s after a SIGTERM, to see whether a SIGKILL follows
+HASTE = "from transformers.trainer_jit_checkpoint import CheckpointManager; CheckpointManager.__init__.__defaults__ = (0.2,)"
+
+
+def assert_same_end(one, two, outputs):
+    figures_of = [{name: run.json("all_results.json", out)[name] for name in FIGURES} for run, out in zip((one, two), outputs)]
+    weights = [load_file(run.folder / out / "model.safetensors") for run, out in zip((one, two), outputs)]
+    assert figures_of[0] == figures_of[1]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0] | weights[1])
+
+
+def test_sigterm_saves_and_stops_and_resumed_it_ends_as_if_never_stopped(start, tmp_path):
+    whole = start(*SIX, "--output_dir", "whole")
+    run = start(*SIX, "--enable_jit_checkpoint", prelude=HASTE)
     wait_for(lambda: (tmp_path / "results_rdrop" / "checkpoint-25" / "trainer_state.json").exists())
     run.process.terminate()
-    run.wait()
-    assert run.status == 143, run.err
+    assert run.wait().status == 143, run.err
     assert len(run.said) == 1 and "--resume_from_checkpoint last" in run.said[0] and "Traceback" not in run.err
     names = {path.name for path in (tmp_path / "results_rdrop").iterdir()}
     assert all(name.startswith("checkpoint-") for name in names), "it went on to the final model or its figures"
-    newest = max((tmp_path / "results_rdrop").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    assert str(newest.name) in run.said[0]
-    step = int(newest.name.split("-")[1])
-    last_logged = max(entry["step"] for entry in run.json(f"{newest.name}/trainer_state.json")["log_history"])
-    assert last_logged <= step and not (newest / "checkpoint-is-incomplete.txt").exists()
-    resumed = start(*LONG, "--max_steps", str(step + 5), "--resume_from_checkpoint", "last").wait()
-    assert resumed.status == 0 and resumed.json("trainer_state.json")["global_step"] == step + 5, resumed.err
+    saved = Path(run.said[0].split()[-1].rstrip(".")).name
+    step = run.json(f"{saved}/trainer_state.json")["global_step"]
+    assert 25 < step < 150 and not (tmp_path / "results_rdrop" / saved / "checkpoint-is-incomplete.txt").exists()
+    assert [e for e in run.json(f"{saved}/trainer_state.json")["log_history"] if "eval_f1" in e][-1]["step"] % 25 == 0
+    resumed = start(*SIX, "--resume_from_checkpoint", "last").wait()
+    assert whole.wait().status == resumed.status == 0, resumed.err
+    assert_same_end(whole, resumed, ("whole", "results_rdrop"))
 
 
 def test_ctrl_c_ends_in_one_line(start, tmp_path):
     run = start(*LONG)
     wait_for(lambda: "'loss'" in run.out if Path(f"{run.log}.out").exists() else False)
-    os_kill(run, signal.SIGINT)
+    os.kill(run.process.pid, signal.SIGINT)
     assert run.wait().status == 130, run.err
     assert len(run.said) == 1 and run.said[0].startswith("train_rdrop.py: interrupted.") and "Traceback" not in run.err
-
-
-def os_kill(run, signum):
-    import os
-
-    os.kill(run.process.pid, signum)
 
 
 @pytest.mark.parametrize("flags, what", [

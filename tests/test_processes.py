@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny_imdb
 from conftest import SCRIPT, scalars
+from test_interruption import HASTE
 from safetensors.torch import load_file
 
 DDP = ("--ddp_backend", "gloo")
@@ -59,6 +60,22 @@ def test_two_processes_write_log_and_speak_once(start_two, tmp_path):
         assert loss == pytest.approx(ce + 5.0 * kl, rel=1e-4)
     resumed = start_two("--num_train_epochs", "3", "--resume_from_checkpoint", "last")
     assert [run.status for run in resumed] == [0, 0], resumed[0].err + resumed[1].err
+
+
+def test_sigterm_stops_two_processes_after_the_same_step(start_two, start, tmp_path):
+    flags = ("--num_train_epochs", "60", "--early_stopping_patience", "0", "--enable_jit_checkpoint")
+    stop = "import os, signal, threading; threading.Timer(DELAY, os.kill, (os.getpid(), signal.SIGTERM)).start()"
+    at_first_log = (
+        "from transformers import TrainerCallback, trainer; " + HASTE + "\n"
+        "class Stop(TrainerCallback):\n"
+        "    def on_log(self, args, state, control, **kwargs):\n"
+        "        " + stop.replace("DELAY", "0.1 * args.process_index") + "\n"
+        "trainer.DEFAULT_CALLBACKS.append(Stop)"
+    )
+    runs = start_two(*flags, "--max_steps", "400", "--logging_steps", "5", prelude=at_first_log)
+    assert [run.status for run in runs] == [143, 143], runs[0].err + runs[1].err
+    (complete,) = [path for path in (tmp_path / "results_rdrop").iterdir() if (path / "trainer_state.json").exists() and path.name in runs[0].said[0]]
+    assert (complete / "rng_state_0.pth").exists() and (complete / "rng_state_1.pth").exists()
 
 
 def test_no_buffers_are_broadcast_between_the_passes(start_two, tmp_path):

@@ -105,6 +105,15 @@ def test_validation_part_chooses_and_the_test_split_is_evaluated_once(start, tmp
     assert round(results["test_samples_per_second"] * results["test_runtime"]) == pytest.approx(100, abs=2)
 
 
+def test_test_split_is_not_mistaken_for_the_validation_part_with_persistent_workers(start):
+    flags = ("--validation_fraction", "0.05", "--num_train_epochs", "1")
+    workers = ("--dataloader_num_workers", "1", "--dataloader_persistent_workers", "--output_dir", "workers")
+    plain, run = start(*flags), start(*flags, *workers)
+    assert plain.wait().status == run.wait().status == 0, run.err
+    for name in ("eval_loss", "test_loss", "test_auc"):
+        assert run.json("all_results.json", "workers")[name] == plain.json("all_results.json")[name]
+
+
 def test_metrics_do_not_depend_on_layout_and_batches(start):
     runs = [start("--num_train_epochs", "1", "--max_eval_samples", "77", "--per_device_eval_batch_size", size, "--output_dir", f"out{size}") for size in ("7", "77")]
     assert [run.wait().status for run in runs] == [0, 0]
