@@ -30,11 +30,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.utils import parse_flag_from_env
 from datasets import ClassLabel, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
+from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from huggingface_hub.utils import logging as hub_logging
 from packaging.version import parse as parse_version
+from safetensors import SafetensorError
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch import nn
 from transformers import (
@@ -50,10 +53,10 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg
-from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
-from transformers.trainer_utils import sort_checkpoints
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 
 OTHER_HUB = f"The Hub asked was {constants.ENDPOINT}: give a local folder, or set HF_ENDPOINT in the shell to a mirror."
+METRICS = ("accuracy", "f1", "auc")
 SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one a machine
 logger = logging.getLogger("train_rdrop")
 logger.setLevel(logging.WARNING if SPEAKS else logging.CRITICAL)
@@ -62,8 +65,9 @@ logger.setLevel(logging.WARNING if SPEAKS else logging.CRITICAL)
 def fail(message, status=2):
     """End the process with one line on stderr."""
     if SPEAKS:
-        progress_bar_above = status != 2
-        print("\n" * progress_bar_above + f"train_rdrop.py: {' '.join(str(message).split())}", file=sys.stderr)
+        if status != 2:
+            print(file=sys.stderr)  # a progress bar stands on this line
+        print(f"train_rdrop.py: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -118,7 +122,9 @@ class RDropArguments(TrainingArguments):
     early_stopping_threshold: float = HfArg(default=0.01, help="What an improvement must exceed to count.")
     # logging
     logging_steps: float = HfArg(default=50, help="Steps between two logs or, below 1, a share of the steps.")
-    report_to: str = HfArg(default="tensorboard", help="Where curves go: tensorboard, none, all or an integration.")
+    report_to: list[str] = HfArg(
+        default_factory=lambda: ["tensorboard"], help="Where curves go: tensorboard, none, all or integrations."
+    )
     logging_dir: str = HfArg(default="./logs_rdrop", help="TensorBoard's folder; each run gets a sub-folder.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="Hide losses that are not finite from the log.")
     # several processes: all parameters are used, and buffers broadcast between the two passes break the backward
@@ -127,13 +133,15 @@ class RDropArguments(TrainingArguments):
 
     def __post_init__(self):
         # `accelerate launch` hands its own choices over in the environment
-        on_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        on_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
         self.bf16 = self.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         self.fp16 = self.fp16 and not self.bf16 and not on_cpu and torch.cuda.is_available()
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # torch would warn in every epoch
         super().__post_init__()
         self.logging_dir = os.path.expanduser(self.logging_dir)
-        get_reporting_integration_callbacks(self.report_to)  # refuses unknown names here, not after the model is loaded
+        integrations = get_available_reporting_integrations()
+        if not set(self.report_to) <= {*integrations, "kubeflow"}:
+            raise ValueError(f"--report_to {' '.join(self.report_to)}: only these are installed: {', '.join(integrations)}")
         for names, allowed, holds in (
             ("rdrop_alpha early_stopping_threshold", "finite and at least 0", lambda x: 0 <= x < math.inf),
             ("label_smoothing_factor validation_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
@@ -141,13 +149,18 @@ class RDropArguments(TrainingArguments):
             ("max_length max_train_samples max_eval_samples", "at least 1", lambda x: x is None or x >= 1),
             ("per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
             ("gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
-            ("early_stopping_patience", "at least 0", lambda x: x >= 0),
+            ("early_stopping_patience dataloader_num_workers", "at least 0", lambda x: x >= 0),
+            ("seed", "in [0, 2**32)", lambda x: 0 <= x < 2**32),
         ):
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"--{name} must be {allowed}, not {getattr(self, name)}")
-        if self.metric_for_best_model.removeprefix("eval_") not in ("f1", "accuracy", "auc", "loss"):
-            raise ValueError(f"--metric_for_best_model must be f1, accuracy, auc or loss, not {self.metric_for_best_model}")
+        if self.text_column == self.label_column:
+            raise ValueError(f"--text_column and --label_column are both {self.text_column}")
+        if self.batch_eval_metrics:
+            raise ValueError("--batch_eval_metrics cannot be had: F1 and AUC are not means over batches")
+        if self.metric_for_best_model.removeprefix("eval_") not in (*METRICS, "loss"):
+            raise ValueError(f"--metric_for_best_model must be {', '.join(METRICS)} or loss, not {self.metric_for_best_model}")
 
 
 def parse_args(argv=None) -> RDropArguments:
@@ -166,8 +179,12 @@ def parse_args(argv=None) -> RDropArguments:
 # ------------------------------------------------------------------------------------------ output and checkpoints
 
 
-def check_output(args: RDropArguments) -> Path | None:
-    """The checkpoint to resume from, if any. Ends the process where an earlier run would be lost, or nothing saved."""
+def check_output(args: RDropArguments) -> tuple[Path | None, FileLock | None]:
+    """Ends the process where another run would be lost, or nothing could be saved.
+
+    Returns:
+        The checkpoint to resume from, if any, and a lock on the output folder, held as long as the object lives.
+    """
     output_dir, asked, checkpoint = Path(args.output_dir), args.resume_from_checkpoint, None
     if asked == "last":
         checkpoint = newest_complete(output_dir)
@@ -177,24 +194,33 @@ def check_output(args: RDropArguments) -> Path | None:
         checkpoint = Path(asked).expanduser()
         if not is_complete(checkpoint):
             fail(f"--resume_from_checkpoint {asked}: there is no complete checkpoint. Give its folder, or: last")
-    earlier = [*output_dir.glob("checkpoint-*"), *output_dir.glob("config.json"), *output_dir.glob("*_results.json")]
+    ours = "checkpoint-* config.json model*.safetensors tokenizer.json training_args.bin trainer_state.json *_results.json"
+    earlier = [path for pattern in ours.split() for path in output_dir.glob(pattern)]
     if earlier and (checkpoint is None or checkpoint.resolve().parent != output_dir.resolve()):
-        fail(
-            f"{output_dir} holds an earlier run ({earlier[0].name}): go on with it by --resume_from_checkpoint last, or "
-            "choose another --output_dir"
-        )
-    for folder in (args.output_dir, args.logging_dir) if args.should_save else ():
+        resume = "go on with it by --resume_from_checkpoint last"
+        way = resume if any(map(is_complete, earlier)) else "move it away, for it has no complete checkpoint"
+        fail(f"{output_dir} holds an earlier run ({earlier[0].name}): {way}, or choose another --output_dir")
+    written = [args.output_dir, args.logging_dir] if "tensorboard" in args.report_to else [args.output_dir]
+    for folder in written if args.should_save else ():
         try:
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             fail(f"cannot write to {folder}: {error.strerror}")
-    return checkpoint
+    if not args.should_save:
+        return checkpoint, None
+    lock = FileLock(output_dir / "_run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        fail(f"another run is writing to {output_dir}: choose another --output_dir")
+    return checkpoint, lock
 
 
 def newest_complete(output_dir: Path) -> Path | None:
     """The newest complete checkpoint in `output_dir`, with a warning for each newer one that is passed over."""
-    for checkpoint in map(Path, reversed(sort_checkpoints(output_dir))):
+    steps = {int(path.name[11:]): path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()}
+    for _, checkpoint in sorted(steps.items(), reverse=True):
         if is_complete(checkpoint):
             return checkpoint
         logger.warning(f"{checkpoint} is incomplete, or was saved without the optimizer, and is passed over.")
@@ -217,7 +243,7 @@ def folder_or_hub_id(flag, name, hub_id) -> str:
     """`name` as a path if it is a folder, else as it is if it matches `hub_id`; anything else ends the process."""
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
-        return folder
+        return os.path.abspath(folder)
     if os.path.exists(folder) or not re.fullmatch(hub_id, name):
         fail(f"--{flag} {name}: neither a folder that is there nor a Hub id of the form owner/name")
     return name
@@ -227,8 +253,8 @@ def load_splits(args: RDropArguments) -> DatasetDict:
     """Load, check and sub-sample the data; mistakes in them end the process.
 
     Returns:
-        Splits `train`, `test` and, with `--validation_fraction`, `validation`; columns `args.text_column` (string)
-        and `labels` (ClassLabel, which carries the label names).
+        Splits `train`, `test` and, with `--validation_fraction`, `validation`; columns `text` (string) and `labels`
+        (ClassLabel, which carries the label names).
     """
     name = folder_or_hub_id("dataset_name", args.dataset_name, r"\w[\w.-]*/[\w.-]+")
     hub_logging.set_verbosity_error()  # an unreachable Hub is reported below, once
@@ -247,7 +273,7 @@ def load_splits(args: RDropArguments) -> DatasetDict:
         rows = found[split]
         for flag, column in (("text_column", args.text_column), ("label_column", args.label_column)):
             if column not in rows.column_names:
-                fail(f"split {split!r} has no column {column!r}, only: {', '.join(rows.column_names)}. Use --{flag}.")
+                fail(f"split {split!r} has no column {column!r}, only {rows.column_names}. Use --{flag}.")
         if len(rows) == 0:
             fail(f"split {split!r} is empty")
         texts, labels = rows[args.text_column][:], rows[args.label_column][:]
@@ -255,10 +281,10 @@ def load_splits(args: RDropArguments) -> DatasetDict:
         refuse(split, args.label_column, labels, lambda x: x is None or x == "" or x != x, "missing")
         if split == "train":
             classes, names = find_classes(rows.features[args.label_column], labels)
-        known = f"not among the {len(classes)} classes of train, {classes[0]!r} to {classes[-1]!r}"
+        known = f"not among the {len(classes)} classes of train, {classes[0]!r} to {classes[-1]!r} (integers count from 0)"
         refuse(split, args.label_column, labels, lambda x: x not in classes, known)
         ids = [classes.index(label) for label in labels]
-        rows = rows.select_columns([args.text_column])
+        rows = rows.select_columns([args.text_column]).rename_columns({args.text_column: "text"})
         splits[split] = rows.add_column("labels", ids, feature=ClassLabel(names=names))
 
     if args.validation_fraction:
@@ -273,6 +299,9 @@ def load_splits(args: RDropArguments) -> DatasetDict:
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
         if limit is not None and limit < len(splits[split]):
             splits[split] = splits[split].shuffle(seed=args.seed).select(range(limit))
+    chooser = splits.get("validation", splits["test"])
+    if args.metric_for_best_model.endswith("auc") and len(set(chooser["labels"])) < len(names):
+        fail("--metric_for_best_model auc is undefined: the evaluated split has no example of some class")
     return splits
 
 
@@ -294,7 +323,7 @@ def refuse(split, column, values, is_bad, what):
     if bad:
         fail(
             f"split {split!r}: {len(bad)} of {len(values)} rows have a {column!r} that is {what}, the first in row "
-            f"{bad[0]} (counted from 0): {str(values[bad[0]])[:40]!r}. Mend or drop them."
+            f"{bad[0]} (counted from 0): {str(values[bad[0]])[:40]!r}. Mend them."
         )
 
 
@@ -304,16 +333,17 @@ def tokenize(splits: DatasetDict, tokenizer, args: RDropArguments, max_length: i
     Returns:
         `splits` with the columns that the tokenizer makes (`input_ids`, ...), `length` (tokens) and `labels`.
     """
-    text_column = args.text_column  # `args` itself must stay out of the hash that `datasets` takes of `encode`
 
     def encode(batch):
-        return tokenizer(batch[text_column], truncation=True, max_length=max_length, return_length=True)
+        return tokenizer(batch["text"], truncation=True, max_length=max_length, return_length=True)
 
     # The first call sets the tokenizer's truncation, which `datasets` hashes: without it the hash of the first split
     # differs from that of the others, and the cache is missed by a second run or process.
-    encode({text_column: [""]})
+    encode({"text": [""]})
     with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(encode, batched=True, remove_columns=[text_column], desc="Tokenizing")
+        splits = splits.map(encode, batched=True, remove_columns=["text"], desc="Tokenizing")
+    if not any(set(tokens) - set(tokenizer.all_special_ids) for tokens in splits["train"][:100]["input_ids"]):
+        fail("the tokenizer knows no word of the first 100 texts: are its files in the model's folder?")
     for split in splits.keys() - {"train"}:  # little padding, and memory runs out at once or not at all
         longest_first = np.argsort(splits[split]["length"][:], kind="stable")[::-1]
         splits[split] = splits[split].select(longest_first)
@@ -336,16 +366,24 @@ def load_model(args: RDropArguments, names: list[str]):
             fail(f"the tokenizer of {path} has no padding token, so that no batch can be made of its texts")
         if args.max_length is not None and args.max_length <= tokenizer.num_special_tokens_to_add():
             fail(f"--max_length {args.max_length} leaves no token of a text beside the model's special tokens")
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             path,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
             dtype=torch.float32,  # the default is the checkpoint's dtype, and fp16 needs float32 weights to update
             ignore_mismatched_sizes=True,  # a head trained on other labels gives way to a new one
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         fail(f"cannot load the model {path}: {error}. {'' if os.path.isdir(path) else OTHER_HUB}")
+
+    not_loaded = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    new = [key for key in not_loaded if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+    if new:  # only the head, and a pooler, may be new
+        fail(f"the weights in {path} do not fit its config: {len(new)} parts of the encoder are missing, such as {new[0]}")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
 
     # A position table with a padding index counts from there (RoBERTa: 514 positions take 512 tokens).
     positions = getattr(model.config, "max_position_embeddings", None) or -1
@@ -441,6 +479,13 @@ class GuardedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
         self._stop_requests = torch.zeros((), device=self.args.device)
+
+    def _init_training_state(self, *args, **kwargs):
+        epochs_and_steps = super()._init_training_state(*args, **kwargs)
+        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        if best.is_dir():  # where it is now: the checkpoint resumed from knows the path of its first day
+            self.state.best_model_checkpoint = str(best)
+        return epochs_and_steps
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -564,7 +609,7 @@ def compute_metrics(eval_pred) -> dict[str, float]:
     Raises:
         FloatingPointError: if a logit is not finite.
     """
-    logits, labels = eval_pred
+    logits, labels = eval_pred[0], eval_pred[1]
     if not np.isfinite(logits).all():
         raise FloatingPointError("the logits of the evaluation are not finite")
     classes = np.arange(logits.shape[-1])
@@ -593,6 +638,8 @@ def main(argv=None) -> dict[str, float]:
     args = parse_args(argv)
     try:
         return run(args)
+    except ImportError as error:  # of a package that a flag asks for, such as an optimizer's
+        fail(error)
     except KeyboardInterrupt:
         end, status = "interrupted", 130
     except StopRequested:
@@ -606,10 +653,13 @@ def main(argv=None) -> dict[str, float]:
 
 def run(args: RDropArguments) -> dict[str, float]:
     """Load data and model, train, evaluate and save; returns the metrics."""
-    checkpoint = check_output(args)
+    checkpoint, lock = check_output(args)
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)  # before the new head is drawn
     splits = load_splits(args)
-    tokenizer, model, limit = load_model(args, splits["train"].features["labels"].names)
+    names = splits["train"].features["labels"].names
+    if SPEAKS:
+        print(f"Data: {', '.join(f'{len(rows)} {split}' for split, rows in splits.items())}; labels: {', '.join(names)}")
+    tokenizer, model, limit = load_model(args, names)
     if args.max_length is not None and args.max_length > limit:
         logger.warning(f"--max_length {args.max_length} is more than the model takes: texts are cut to {limit} tokens.")
     max_length = min(args.max_length or limit, limit)
@@ -617,7 +667,8 @@ def run(args: RDropArguments) -> dict[str, float]:
 
     patience = args.early_stopping_patience or sys.maxsize
     early_stopping = EarlyStoppingCallback(patience, args.early_stopping_threshold)
-    if checkpoint:  # Trainer restores everything but the patience that is used up
+    schedule = args.max_steps, args.num_train_epochs
+    if checkpoint:  # Trainer restores all but the patience used up (or, by a flag, with it the old patience itself)
         state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
         saved = state.stateful_callbacks.get("EarlyStoppingCallback", {"attributes": {}})["attributes"]
         early_stopping.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
@@ -643,6 +694,7 @@ def run(args: RDropArguments) -> dict[str, float]:
             callback.logging_dir = os.path.join(args.logging_dir, f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"[:-3])
 
     results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    args.max_steps, args.num_train_epochs = schedule
     if checkpoint:
         results.pop("train_loss")  # Trainer's mean knows nothing of the steps before the interruption
     trainer.remove_callback(EarlyStoppingCallback)  # its work is done, and it would ask the test split for eval_f1
@@ -662,15 +714,17 @@ def run(args: RDropArguments) -> dict[str, float]:
         on_hub = None if os.path.isdir(args.dataset_name) else args.dataset_name
         trainer.push_to_hub(dataset=args.dataset_name, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
     if trainer.is_world_process_zero():
-        figures = [(name, metrics.get(f"{prefix}_{name}")) for name in ("accuracy", "f1", "auc")]
+        on_test = {name: results.get(f"{'test' if 'validation' in splits else 'eval'}_{name}") for name in METRICS}
+        curves = f"\nCurves:     tensorboard --logdir {args.logging_dir}" if "tensorboard" in args.report_to else ""
         print(
-            f"\nTest split: {', '.join(f'{name} {figure:.4f}' for name, figure in figures if figure is not None)}"
-            f"\nModel:      {args.output_dir}"
-            f"\nCurves:     tensorboard --logdir {args.logging_dir}"
+            f"\nTest split: {', '.join(f'{name} {figure:.4f}' for name, figure in on_test.items() if figure is not None)}"
+            f"\nModel:      {args.output_dir}{curves}"
             f"\nTry it:     python -c \"from transformers import pipeline; print(pipeline('text-classification', "
             f"model={args.output_dir!r}, truncation=True)('A film to remember.'))\""
         )
     trainer.accelerator.end_training()
+    if lock:
+        lock.release()
     return results
 
 

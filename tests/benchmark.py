@@ -45,7 +45,7 @@ class BenchmarkArguments(RDropArguments):
     config_overrides: str | None = HfArg(default=None, help="With --random_weights, e.g. num_hidden_layers=4,hidden_size=128")
     doubled_batch: bool | None = HfArg(default=None, help="Also time one call on the doubled batch. Default: on CUDA.")
     num_train_epochs: float = HfArg(default=1.0, help="Epochs timed in each repeat.")
-    report_to: str = HfArg(default="none", help="Where curves go.")
+    report_to: list[str] = HfArg(default_factory=lambda: ["none"], help="Where curves go.")
 
 
 class PublishedTrainer(Trainer):

@@ -117,6 +117,12 @@ MISTAKES = {
     "--report_to tensorbored": "tensorbored",
     "--per_device_train_batch_size 0": "per_device_train_batch_size",
     "--eval_strategy no": "eval",
+    "--seed -1": "seed",
+    "--dataloader_num_workers -1": "dataloader_num_workers",
+    "--report_to wandb": "tensorboard",
+    "--text_column label": "are both label",
+    "--batch_eval_metrics": "batch_eval_metrics",
+    "--report_to tensorboard tensorbored": "tensorbored",
     "--dataset_name ./not_there": "./not_there",
     "--dataset_name /not/there/either": "/not/there/either",
     "--dataset_name imdb": "owner/name",
@@ -124,8 +130,8 @@ MISTAKES = {
     "--model_name_or_path ./not_there": "./not_there",
     "--dataset_name owner/name": "HF_ENDPOINT",
     "--model_name_or_path owner/name": "HF_ENDPOINT",
-    "--text_column review": "only: text, label",
-    "--label_column stars": "only: text, label",
+    "--text_column review": "only ['text', 'label']",
+    "--label_column stars": "only ['text', 'label']",
     "--output_dir file.csv": "file.csv",
     "--output_dir file.csv/below": "file.csv",
     "--logging_dir file.csv": "file.csv",
@@ -139,7 +145,7 @@ def test_mistaken_flag_ends_in_one_line(start, tmp_path, flags):
     assert run.status == 2, run.err
     assert len(run.said) == 1 and MISTAKES[flags] in run.said[0], run.err
     assert "Traceback" not in run.err
-    if "model" not in flags and "max_length" not in flags:
+    if "model" not in flags:
         assert "Loading weights" not in run.err
 
 
@@ -159,6 +165,7 @@ DATA = {  # what is wrong: files of the folder, and what the line must say
     "unknown label in test": ({"train.csv": GOOD, "test.csv": ["a,0", "b,7"]}, ["'test'", "row 1", "'7'"]),
     "unknown name in test": ({"train.csv": ["a,good", "b,bad"], "test.csv": ["a,ugly"]}, ["'ugly'", "'bad' to 'good'"]),
     "fractions as labels": ({"train.csv": ["a,0.5", "b,1.5"], "test.csv": ["a,0.5"]}, ["integers 0..n-1 or strings"]),
+    "no AUC to choose by": ({"train.csv": GOOD, "test.csv": GOOD[::2]}, ["--metric_for_best_model auc is undefined"]),
     "one label only": ({"train.csv": ["a,0", "b,0"], "test.csv": GOOD}, ["one label only"]),
     "other columns": ({"train.csv": GOOD, "test.jsonl": ['{"text": "a"}']}, []),
 }
@@ -171,7 +178,7 @@ def test_mistaken_data_ends_in_one_line(start, tmp_path, what):
     for name, lines in files.items():
         header = ["text,label"] if name.endswith(".csv") else []
         (tmp_path / "data" / name).write_text("\n".join(header + lines) + "\n")
-    run = start("--dataset_name", "data").wait()
+    run = start("--dataset_name", "data", *(["--metric_for_best_model", "auc"] if "AUC" in what else [])).wait()
     assert run.status == 2, run.err
     assert len(run.said) == 1 and all(word in run.said[0] for word in words), run.err
     assert "Traceback" not in run.err and "Loading weights" not in run.err
@@ -218,10 +225,10 @@ def test_samples_are_drawn_with_the_seed_from_all_labels(load):
     ],
 )
 def test_labels_of_each_kind(load, tmp_path, labels, names, ids):
-    rows = "\n".join(json.dumps({"review": f"text {i}", "stars": label, "more": i}) for i, label in enumerate(labels))
+    rows = "\n".join(json.dumps({"length": f"text {i}", "stars": label, "labels": i, "text": None}) for i, label in enumerate(labels))
     for split in ("train", "test", "unsupervised"):
         (tmp_path / f"{split}.jsonl").write_text(rows)
-    splits = load("--dataset_name", tmp_path, "--text_column", "review", "--label_column", "stars")
+    splits = load("--dataset_name", tmp_path, "--text_column", "length", "--label_column", "stars")
     assert list(splits) == ["train", "test"]
     for rows in splits.values():
         assert rows.features["labels"].names == names and rows["labels"][:] == ids

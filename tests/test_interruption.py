@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 SHORT = ("--num_train_epochs", "3", "--max_train_samples", "200")  # 13 steps an epoch
+SIX = ("--num_train_epochs", "6", "--early_stopping_patience", "0")
 FIGURES = ("eval_loss", "eval_accuracy", "eval_f1", "eval_auc", "epoch")
 
 
@@ -56,6 +57,8 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_never_killed(start, whol
     resumed = start(*SHORT, "--resume_from_checkpoint", "last").wait()
     if "checkpoint-13/" in moment:  # the first checkpoint was never finished
         assert resumed.status == 2 and "nothing to resume from" in resumed.said[0]
+        again = start(*SHORT).wait()
+        assert again.status == 2 and "no complete checkpoint" in again.said[0] and "another --output_dir" in again.said[0]
         return
     assert resumed.status == 0, resumed.err
     assert_same_end(whole, resumed, ("results_rdrop", "results_rdrop"))
@@ -109,12 +112,33 @@ def test_folder_of_an_earlier_run_is_refused_untouched(start, tmp_path, flags):
     assert logs == list((tmp_path / "logs_rdrop").iterdir())
 
 
+def test_finished_run_resumed_under_another_name_keeps_the_best_model(start, tmp_path):
+    flags = ("--num_train_epochs", "2", "--metric_for_best_model", "loss", "--greater_is_better", "true")  # the first is best
+    assert start(*flags).wait().status == 0
+    best = (tmp_path / "results_rdrop" / "model.safetensors").read_bytes()
+    assert best == (tmp_path / "results_rdrop" / "checkpoint-25" / "model.safetensors").read_bytes()
+    (tmp_path / "results_rdrop").rename(tmp_path / "moved")
+    resumed = start(*flags, "--output_dir", "moved", "--resume_from_checkpoint", "last").wait()
+    assert resumed.status == 0 and (tmp_path / "moved" / "model.safetensors").read_bytes() == best, resumed.err
+
+
 def test_results_cut_short_by_a_kill_are_written_anew(start, tmp_path):
     assert start("--num_train_epochs", "1").wait().status == 0
     for name in ("all_results.json", "eval_results.json", "trainer_state.json", "model.safetensors"):
         (tmp_path / "results_rdrop" / name).write_text("")
     resumed = start("--num_train_epochs", "1", "--resume_from_checkpoint", "last").wait()
     assert resumed.status == 0 and "eval_f1" in resumed.json("all_results.json"), resumed.err
+
+
+def test_two_runs_at_once_in_one_folder(start, tmp_path):
+    first = start(*SIX)
+    wait_for(lambda: (tmp_path / "results_rdrop" / "_run.lock").exists())
+    second = start(*SIX).wait()
+    assert second.status == 2 and "another run is writing" in second.said[0], second.err
+    first.process.kill()
+    assert first.wait().status == -signal.SIGKILL
+    shutil.rmtree(tmp_path / "results_rdrop")
+    assert start("--num_train_epochs", "1").wait().status == 0
 
 
 def test_nothing_to_resume_from(start):
@@ -125,7 +149,6 @@ def test_nothing_to_resume_from(start):
 LONG = ("--num_train_epochs", "200", "--logging_steps", "5", "--early_stopping_patience", "0")
 
 
-SIX = ("--num_train_epochs", "6", "--early_stopping_patience", "0")
 # Trainer waits 3 s after a SIGTERM, to see whether a SIGKILL follows
 HASTE = "from transformers.trainer_jit_checkpoint import CheckpointManager; CheckpointManager.__init__.__defaults__ = (0.2,)"
 
@@ -144,7 +167,7 @@ def test_sigterm_saves_and_stops_and_resumed_it_ends_as_if_never_stopped(start, 
     run.process.terminate()
     assert run.wait().status == 143, run.err
     assert len(run.said) == 1 and "--resume_from_checkpoint last" in run.said[0] and "Traceback" not in run.err
-    names = {path.name for path in (tmp_path / "results_rdrop").iterdir()}
+    names = {path.name for path in (tmp_path / "results_rdrop").iterdir()} - {"_run.lock"}
     assert all(name.startswith("checkpoint-") for name in names), "it went on to the final model or its figures"
     saved = Path(run.said[0].split()[-1].rstrip(".")).name
     step = run.json(f"{saved}/trainer_state.json")["global_step"]
@@ -174,5 +197,5 @@ def test_loss_that_is_not_finite_stops_the_run(start, tmp_path, flags, what):
     assert run.status == 1, run.err
     assert len(run.said) == 1 and what in run.said[0] and "Traceback" not in run.err
     saved = {path.name for path in (tmp_path / "results_rdrop").iterdir()}
-    assert not (saved - {"checkpoint-1", "checkpoint-2"}), "nothing is saved after the loss was seen, nor a final model"
+    assert not (saved - {"checkpoint-1", "checkpoint-2", "_run.lock"}), "nothing is saved after the loss was seen, nor a final model"
     assert "checkpoint-1" in saved or "9" in flags

@@ -2,7 +2,9 @@
 
 import pytest
 import tiny_imdb
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 SHAPES = {
@@ -77,10 +79,33 @@ def test_head_for_other_labels_is_replaced(start, tmp_path):
     assert run.json("config.json")["id2label"] == {"0": "neg", "1": "pos"}
 
 
-def test_half_precision_checkpoint_trains_in_float32(start, tmp_path):
-    import torch
-    from safetensors.torch import load_file
+def test_tokenizer_with_more_tokens_than_the_model_has(start, tmp_path):
+    tiny_imdb.write_model(tmp_path / "model")
+    tokenizer = tiny_imdb.make_tokenizer()
+    tokenizer.add_tokens(["wonderful", "awful", "camera"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = start("--model_name_or_path", "model", *SHORT).wait()
+    assert run.status == 0 and run.json("config.json")["vocab_size"] == len(tokenizer), run.err
 
+
+def test_folder_without_tokenizer_or_encoder_is_refused(start, tmp_path):
+    for name in ("no_words", "other_names"):
+        tiny_imdb.write_model(tmp_path / name)
+    for file in (tmp_path / "no_words").glob("tokenizer*"):
+        file.unlink()
+    weights = load_file(tmp_path / "other_names" / "model.safetensors")
+    save_file({f"module.{key}": w for key, w in weights.items()}, tmp_path / "other_names" / "model.safetensors", {"format": "pt"})
+    for name, word in (("no_words", "tokenizer"), ("other_names", "parts of the encoder are missing")):
+        run = start("--model_name_or_path", name, *SHORT).wait()
+        assert run.status == 2 and len(run.said) == 1 and word in run.said[0], run.err
+
+
+def test_package_that_a_flag_asks_for_is_missing(start):
+    run = start("--optim", "schedule_free_adamw", *SHORT).wait()
+    assert run.status == 2 and len(run.said) == 1 and "schedulefree" in run.said[0] and "Traceback" not in run.err
+
+
+def test_half_precision_checkpoint_trains_in_float32(start, tmp_path):
     tiny_imdb.write_model(tmp_path / "model")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     model.half().save_pretrained(tmp_path / "model")
@@ -94,6 +119,10 @@ def test_model_without_weights_or_padding_token_is_refused(start, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     run = start("--model_name_or_path", "model").wait()
     assert run.status == 2 and len(run.said) == 1 and "model.safetensors" in run.said[0] and "Traceback" not in run.err
+    tiny_imdb.write_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes((tmp_path / "model" / "model.safetensors").read_bytes()[:999])
+    run = start("--model_name_or_path", "model").wait()
+    assert run.status == 2 and len(run.said) == 1 and "cannot load the model" in run.said[0], run.err
     tokenizer = tiny_imdb.make_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "model")
