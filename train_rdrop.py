@@ -112,7 +112,7 @@ class RDropArguments(TrainingArguments):
     fp16: bool = HfArg(default=True, help="Train in fp16. Off without CUDA, and where --bf16 is given.")
     seed: int = HfArg(default=42, help="Seed of the model's new head, of dropout and of every draw from the data.")
     # evaluation and checkpoints
-    output_dir: str = HfArg(default="./results_rdrop", help="Folder of the checkpoints, the best model and its figures.")
+    output_dir: str = HfArg(default="./results_rdrop", help="Folder of checkpoints, best model and figures.")
     eval_strategy: str = HfArg(default="epoch", help="When to evaluate: no, steps or epoch.")
     save_strategy: str = HfArg(default="epoch", help="When to save a checkpoint: no, steps, epoch or best.")
     save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept, the best always among them.")
@@ -141,7 +141,7 @@ class RDropArguments(TrainingArguments):
         self.logging_dir = os.path.expanduser(self.logging_dir)
         integrations = get_available_reporting_integrations()
         if not set(self.report_to) <= {*integrations, "kubeflow"}:
-            raise ValueError(f"--report_to {' '.join(self.report_to)}: only these are installed: {', '.join(integrations)}")
+            raise ValueError(f"--report_to {self.report_to}: only these are installed: {', '.join(integrations)}")
         for names, allowed, holds in (
             ("rdrop_alpha early_stopping_threshold", "finite and at least 0", lambda x: 0 <= x < math.inf),
             ("label_smoothing_factor validation_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
@@ -160,7 +160,7 @@ class RDropArguments(TrainingArguments):
         if self.batch_eval_metrics:
             raise ValueError("--batch_eval_metrics cannot be had: F1 and AUC are not means over batches")
         if self.metric_for_best_model.removeprefix("eval_") not in (*METRICS, "loss"):
-            raise ValueError(f"--metric_for_best_model must be {', '.join(METRICS)} or loss, not {self.metric_for_best_model}")
+            raise ValueError(f"--metric_for_best_model {self.metric_for_best_model}: say one of {METRICS} or loss")
 
 
 def parse_args(argv=None) -> RDropArguments:
@@ -168,7 +168,7 @@ def parse_args(argv=None) -> RDropArguments:
     parser = HfArgumentParser(RDropArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail  # argparse would print its usage first, some 150 flags
     try:
-        args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        args, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     except (ValueError, ImportError) as error:
         fail(error)
     if unknown:
@@ -194,8 +194,8 @@ def check_output(args: RDropArguments) -> tuple[Path | None, FileLock | None]:
         checkpoint = Path(asked).expanduser()
         if not is_complete(checkpoint):
             fail(f"--resume_from_checkpoint {asked}: there is no complete checkpoint. Give its folder, or: last")
-    ours = "checkpoint-* config.json model*.safetensors tokenizer.json training_args.bin trainer_state.json *_results.json"
-    earlier = [path for pattern in ours.split() for path in output_dir.glob(pattern)]
+    ours = "checkpoint-* config.json model*.safetensors tokenizer.json training_args.bin *_results.json".split()
+    earlier = [path for pattern in ours for path in output_dir.glob(pattern)]
     if earlier and (checkpoint is None or checkpoint.resolve().parent != output_dir.resolve()):
         resume = "go on with it by --resume_from_checkpoint last"
         way = resume if any(map(is_complete, earlier)) else "move it away, for it has no complete checkpoint"
@@ -277,11 +277,11 @@ def load_splits(args: RDropArguments) -> DatasetDict:
         if len(rows) == 0:
             fail(f"split {split!r} is empty")
         texts, labels = rows[args.text_column][:], rows[args.label_column][:]
-        refuse(split, args.text_column, texts, lambda x: not isinstance(x, str) or not x.strip(), "empty or not a string")
+        refuse(split, args.text_column, texts, lambda x: type(x) is not str or not x.strip(), "empty or not a string")
         refuse(split, args.label_column, labels, lambda x: x is None or x == "" or x != x, "missing")
         if split == "train":
             classes, names = find_classes(rows.features[args.label_column], labels)
-        known = f"not among the {len(classes)} classes of train, {classes[0]!r} to {classes[-1]!r} (integers count from 0)"
+        known = f"not among the {len(classes)} classes, {classes[0]!r} to {classes[-1]!r} (integers must count from 0)"
         refuse(split, args.label_column, labels, lambda x: x not in classes, known)
         ids = [classes.index(label) for label in labels]
         rows = rows.select_columns([args.text_column]).rename_columns({args.text_column: "text"})
@@ -381,7 +381,7 @@ def load_model(args: RDropArguments, names: list[str]):
     not_loaded = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     new = [key for key in not_loaded if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if new:  # only the head, and a pooler, may be new
-        fail(f"the weights in {path} do not fit its config: {len(new)} parts of the encoder are missing, such as {new[0]}")
+        fail(f"the weights of {path} do not fit its config: {len(new)} parts of the encoder are missing, as {new[0]}")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
 
@@ -592,7 +592,7 @@ class RDropTrainer(GuardedTrainer):
             with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
                 card.write(
                     f"\n### Recipe\n\nR-Drop ([Liang et al., 2021](https://arxiv.org/abs/2106.14448)), alpha "
-                    f"{self.rdrop_loss.alpha} (0: a plain baseline), label smoothing {self.rdrop_loss.label_smoothing}; "
+                    f"{self.rdrop_loss.alpha} (0: plain baseline), label smoothing {self.rdrop_loss.label_smoothing}; "
                     "loss `1/2 (CE1 + CE2) + alpha/2 (KL(p2||p1) + KL(p1||p2))` of two forward passes of each batch.\n"
                 )
 
@@ -658,7 +658,8 @@ def run(args: RDropArguments) -> dict[str, float]:
     splits = load_splits(args)
     names = splits["train"].features["labels"].names
     if SPEAKS:
-        print(f"Data: {', '.join(f'{len(rows)} {split}' for split, rows in splits.items())}; labels: {', '.join(names)}")
+        sizes = (f"{len(rows)} {split}" for split, rows in splits.items())
+        print(f"Data: {', '.join(sizes)}; labels: {', '.join(names)}")
     tokenizer, model, limit = load_model(args, names)
     if args.max_length is not None and args.max_length > limit:
         logger.warning(f"--max_length {args.max_length} is more than the model takes: texts are cut to {limit} tokens.")
@@ -703,7 +704,7 @@ def run(args: RDropArguments) -> dict[str, float]:
     trainer.save_metrics("train", results, combined=False)
     evaluations = {"eval": "validation", "test": "test"} if "validation" in splits else {"eval": "test"}
     for prefix, split in evaluations.items():
-        vars(trainer).pop("_eval_dataloaders", None)  # of persistent workers: Trainer would evaluate the last split again
+        vars(trainer).pop("_eval_dataloaders", None)  # with persistent workers Trainer would evaluate the last again
         metrics = trainer.evaluate(splits[split], metric_key_prefix=prefix)
         trainer.log_metrics(prefix, metrics)
         trainer.save_metrics(prefix, metrics, combined=False)
@@ -714,10 +715,11 @@ def run(args: RDropArguments) -> dict[str, float]:
         on_hub = None if os.path.isdir(args.dataset_name) else args.dataset_name
         trainer.push_to_hub(dataset=args.dataset_name, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
     if trainer.is_world_process_zero():
-        on_test = {name: results.get(f"{'test' if 'validation' in splits else 'eval'}_{name}") for name in METRICS}
+        figures = {name: results.get(f"{'test' if 'validation' in splits else 'eval'}_{name}") for name in METRICS}
+        shown = (f"{name} {figure:.4f}" for name, figure in figures.items() if figure is not None)
         curves = f"\nCurves:     tensorboard --logdir {args.logging_dir}" if "tensorboard" in args.report_to else ""
         print(
-            f"\nTest split: {', '.join(f'{name} {figure:.4f}' for name, figure in on_test.items() if figure is not None)}"
+            f"\nTest split: {', '.join(shown)}"
             f"\nModel:      {args.output_dir}{curves}"
             f"\nTry it:     python -c \"from transformers import pipeline; print(pipeline('text-classification', "
             f"model={args.output_dir!r}, truncation=True)('A film to remember.'))\""
