@@ -207,13 +207,15 @@ def check_output(args: RDropArguments) -> tuple[Path | None, FileLock | None]:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             fail(f"cannot write to {folder}: {error.strerror}")
-    if not args.should_save:
+    if args.process_index > 0:
         return checkpoint, None
     lock = FileLock(output_dir / "_run.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         fail(f"another run is writing to {output_dir}: choose another --output_dir")
+    except NotImplementedError:
+        logger.warning(f"the file system of {output_dir} has no locks: see that no other run writes there.")
     return checkpoint, lock
 
 

@@ -46,7 +46,7 @@ def whole(tmp_path_factory, tiny):
         "results_rdrop/checkpoint-26/trainer_state.json",
         "results_rdrop/checkpoint-39/rng_state.pth",
         "results_rdrop/checkpoint-39/trainer_state.json",
-        "results_rdrop/all_results.json",
+        "results_rdrop/train_results.json",
     ],
 )
 def test_killed_at_any_moment_and_resumed_it_ends_as_if_never_killed(start, whole, tmp_path, moment):

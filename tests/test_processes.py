@@ -100,8 +100,8 @@ def launched(tiny, tmp_path_factory):
         (bad / name).write_text("text,label\na film,0\n,1\n")
     one_machine = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     commands = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, *flags, bad],
-        "accelerate": ["accelerate.commands.launch", "--main_process_port", free_port(), *one_machine.split(), SCRIPT, *flags, tiny / "data"],
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, *flags, bad, "--output_dir", "bad"],
+        "accelerate": ["accelerate.commands.launch", "--main_process_port", free_port(), *one_machine.split(), SCRIPT, *flags, tiny / "data", "--output_dir", "good"],
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path_factory.mktemp("launched")}
     started = {name: subprocess.Popen([sys.executable, "-m", *map(str, c)], **pipes) for name, c in commands.items()}
