@@ -1,18 +1,20 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "scikit-learn==1.9.1", "numpy==2.4.6",
+#                 "accelerate==1.15.0", "tensorboard==2.21.0"]
+# ///
 """Fine-tune RoBERTa (or any encoder) for text classification with R-Drop and label smoothing.
 
     python train_rdrop.py                                         # the published run: roberta-base on IMDB
-    python train_rdrop.py --model_name_or_path MODEL --dataset_name FOLDER_OR_HUB_ID --output_dir OUT
+    python train_rdrop.py --train_file reviews.csv --validation_fraction 0.1 --output_dir results_mine
     torchrun --nproc_per_node 2 train_rdrop.py                    # two GPUs
     tensorboard --logdir logs_rdrop                               # the curves
-    python train_rdrop.py --help                                  # every flag with its default
 
 R-Drop (Liang et al., NeurIPS 2021, arXiv 2106.14448) runs each batch through the model twice. Dropout draws other
 masks each time; the loss asks both outputs for the label and both to agree:
 
     loss = 1/2 (CE_ls(z1, y) + CE_ls(z2, y)) + alpha * 1/2 (KL(p2 || p1) + KL(p1 || p2)),  p = softmax(z)
-
-The file reads in the order in which data flows: arguments, data, model, loss, trainer, metrics, main.
 """
 
 import json
@@ -20,716 +22,597 @@ import logging
 import math
 import os
 import re
+import shlex
+import signal
 import sys
-import tempfile
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import transformers
-from accelerate.utils import parse_flag_from_env
-from datasets import ClassLabel, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
-from filelock import FileLock, Timeout
-from huggingface_hub import constants
-from huggingface_hub.utils import logging as hub_logging
-from packaging.version import parse as parse_version
-from safetensors import SafetensorError
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    HfArgumentParser,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-    enable_full_determinism,
-    set_seed,
-)
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
-from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
+from transformers.utils import check_min_version
 
-OTHER_HUB = f"The Hub asked was {constants.ENDPOINT}: give a local folder, or set HF_ENDPOINT in the shell to a mirror."
-METRICS = ("accuracy", "f1", "auc")
-SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one a machine
+IS_MAIN = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one a machine speaks
+HUB = f"Give a local folder or a Hub id, owner/name (HF_ENDPOINT, now {os.environ.get('HF_ENDPOINT')}, names a mirror)"
 logger = logging.getLogger("train_rdrop")
-logger.setLevel(logging.WARNING if SPEAKS else logging.CRITICAL)
+logger.setLevel(logging.WARNING if IS_MAIN else logging.CRITICAL)
 
 
-def fail(message, status=2):
-    """End the process with one line on stderr."""
-    if SPEAKS:
-        if status != 2:
-            print(file=sys.stderr)  # a progress bar stands on this line
-        print(f"train_rdrop.py: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(status)
+class UserError(Exception):
+    """What the user can mend: `main` ends the process with its message, on one line."""
 
 
-# ------------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------- arguments
+def flag(default, help):
+    return HfArg(default=default, help=help)
 
 
 @dataclass
 class RDropArguments(TrainingArguments):
-    """The published recipe as defaults, beside every flag of `TrainingArguments`.
+    """The published recipe as defaults, beside every flag of `TrainingArguments`; bad values raise `ValueError`."""
 
-    Raises:
-        ValueError: for values that no run can have, among them those that `TrainingArguments` refuses.
-    """
-
-    # model and data
-    model_name_or_path: str = HfArg(default="FacebookAI/roberta-base", help="Hub id or local folder of the encoder.")
-    dataset_name: str = HfArg(
-        default="stanfordnlp/imdb", help="Hub id or local folder (csv, json, parquet) with the splits train and test."
-    )
-    dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set, if it has several.")
-    text_column: str = HfArg(default="text", help="Column that holds the text.")
-    label_column: str = HfArg(default="label", help="Column that holds the label: integers 0..n-1 or strings.")
-    max_length: int | None = HfArg(default=None, help="Tokens kept of a text. Default: as many as the model takes.")
-    max_train_samples: int | None = HfArg(default=None, help="Train on this many examples, drawn with the seed.")
-    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many examples, drawn with the seed.")
-    validation_fraction: float = HfArg(
-        default=0.0,
-        help="Share of the train split held out, stratified by label, to choose the best checkpoint and stop early on; "
-        "the test split is then evaluated once, at the end. With 0, as published, the test split chooses.",
-    )
-    # loss
-    rdrop_alpha: float = HfArg(default=5.0, help="Weight of the KL term. With 0: one forward pass, plain baseline.")
-    label_smoothing_factor: float = HfArg(default=0.1, help="Share of the label spread evenly over all classes.")
-    # optimization
-    learning_rate: float = HfArg(default=2e-5, help="Peak learning rate of AdamW.")
-    weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW, on all but biases and layer norms.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="Shape of the learning rate after the warmup.")
-    warmup_steps: float = HfArg(default=0.1, help="Linear warmup: a number of steps or, below 1, a share of them.")
-    per_device_train_batch_size: int = HfArg(default=16, help="Examples per device and forward pass in training.")
-    per_device_eval_batch_size: int = HfArg(default=16, help="Examples per device and forward pass in evaluation.")
-    num_train_epochs: float = HfArg(default=5.0, help="Epochs to train, unless stopped early.")
-    fp16: bool = HfArg(default=True, help="Train in fp16. Off without CUDA, and where --bf16 is given.")
-    seed: int = HfArg(default=42, help="Seed of the model's new head, of dropout and of every draw from the data.")
-    # evaluation and checkpoints
-    output_dir: str = HfArg(default="./results_rdrop", help="Folder of checkpoints, best model and figures.")
-    eval_strategy: str = HfArg(default="epoch", help="When to evaluate: no, steps or epoch.")
-    save_strategy: str = HfArg(default="epoch", help="When to save a checkpoint: no, steps, epoch or best.")
-    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept, the best always among them.")
-    load_best_model_at_end: bool = HfArg(default=True, help="End with the best checkpoint, not with the last.")
-    metric_for_best_model: str = HfArg(default="f1", help="What best means: f1, accuracy, auc or loss.")
-    early_stopping_patience: int = HfArg(default=3, help="Evaluations without improvement before stopping; 0: never.")
-    early_stopping_threshold: float = HfArg(default=0.01, help="What an improvement must exceed to count.")
-    # logging
-    logging_steps: float = HfArg(default=50, help="Steps between two logs or, below 1, a share of the steps.")
-    report_to: list[str] = HfArg(
-        default_factory=lambda: ["tensorboard"], help="Where curves go: tensorboard, none, all or integrations."
-    )
-    logging_dir: str = HfArg(default="./logs_rdrop", help="TensorBoard's folder; each run gets a sub-folder.")
-    logging_nan_inf_filter: bool = HfArg(default=False, help="Hide losses that are not finite from the log.")
+    model_name_or_path: str = flag("FacebookAI/roberta-base", "Hub id or folder of the encoder.")
+    dataset_name: str = flag("stanfordnlp/imdb", "Hub id or folder of the data set.")
+    dataset_config_name: str | None = flag(None, "Its configuration, if it has several.")
+    train_file: str | None = flag(None, "In place of a data set: csv, tsv, json, jsonl or parquet.")
+    validation_file: str | None = flag(None, "Like it; chooses the checkpoint.")
+    test_file: str | None = flag(None, "Like it; evaluated at the end.")
+    validation_split: str = flag("validation", "Split that chooses the checkpoint. Or: none.")
+    test_split: str = flag("test", "Split evaluated at the end. Or: none.")
+    validation_fraction: float = flag(0.0, "Share of train held out for validation.")
+    text_column: str = flag("text", "Column of the text.")
+    text_pair_column: str | None = flag(None, "Column of a second text, for pairs as in NLI.")
+    label_column: str = flag("label", "Column of the label: integers or strings.")
+    positive_label: str | None = flag(None, "Class of F1 and AUC, of two. Default: the second.")
+    max_length: int | None = flag(None, "Tokens kept of a text. Default: all that the model takes.")
+    max_train_samples: int | None = flag(None, "Train on so many examples.")
+    max_eval_samples: int | None = flag(None, "Evaluate on so many examples.")
+    rdrop_alpha: float = flag(5.0, "Weight of the KL term. 0: one pass, the plain baseline.")
+    label_smoothing_factor: float = flag(0.1, "Share of the label spread over all classes.")
+    learning_rate: float = flag(2e-5, "Peak learning rate of AdamW.")
+    weight_decay: float = flag(0.01, "Weight decay of AdamW.")
+    lr_scheduler_type: str = flag("cosine", "Course of the learning rate after warmup.")
+    warmup_steps: float = flag(0.1, "Steps of warmup or, below 1, their share.")
+    per_device_train_batch_size: int = flag(16, "Examples per device in training.")
+    per_device_eval_batch_size: int = flag(16, "Examples per device in evaluation.")
+    num_train_epochs: float = flag(5.0, "Epochs to train, unless stopped early.")
+    fp16: bool = flag(True, "Train in fp16: on CUDA, unless --bf16 is given.")
+    seed: int = flag(42, "Seed of the new head, dropout and all draws.")
+    dataloader_num_workers: int | None = flag(None, "Processes that make batches. Default: 2 on CUDA.")
+    output_dir: str = flag("./results_rdrop", "Folder of checkpoints, best model and figures.")
+    resume_from_checkpoint: str | None = flag(None, "last, or the folder of a checkpoint.")
+    eval_strategy: str = flag("epoch", "When to evaluate.")
+    save_strategy: str = flag("epoch", "When to save a checkpoint.")
+    save_total_limit: int | None = flag(2, "Checkpoints kept, with the best.")
+    load_best_model_at_end: bool = flag(True, "End with the best checkpoint, not the last.")
+    metric_for_best_model: Literal["f1", "accuracy", "auc", "loss"] = flag("f1", "What best means.")
+    early_stopping_patience: int = flag(3, "Evaluations without gain to stop after; 0: never.")
+    early_stopping_threshold: float = flag(0.01, "Gain that counts.")
+    restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the patience left.")
+    logging_steps: float = flag(50, "Steps between two logs.")
+    report_to: list[str] = HfArg(default_factory=lambda: ["tensorboard"], help="Where curves go, or none.")
+    logging_dir: str = flag("./logs_rdrop", "TensorBoard's folder, with one for each run.")
+    logging_nan_inf_filter: bool = flag(False, "Hide losses that are not finite.")
     # several processes: all parameters are used, and buffers broadcast between the two passes break the backward
-    ddp_find_unused_parameters: bool = HfArg(default=False, help="Let DDP look for parameters without gradient.")
-    ddp_broadcast_buffers: bool = HfArg(default=False, help="Let DDP broadcast buffers before each forward pass.")
+    ddp_find_unused_parameters: bool = flag(False, "Look for parameters without gradient.")
+    ddp_broadcast_buffers: bool = flag(False, "Broadcast buffers before each pass.")
 
     def __post_init__(self):
-        # `accelerate launch` hands its own choices over in the environment
-        on_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
-        self.bf16 = self.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-        self.fp16 = self.fp16 and not self.bf16 and not on_cpu and torch.cuda.is_available()
+        on_cuda = torch.cuda.is_available() and not self.use_cpu
+        self.bf16 |= os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"  # as `accelerate launch` was told
+        self.fp16 &= on_cuda and not self.bf16
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if on_cuda else 0
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # torch would warn in every epoch
         super().__post_init__()
-        self.logging_dir = os.path.expanduser(self.logging_dir)
-        integrations = get_available_reporting_integrations()
-        if not set(self.report_to) <= {*integrations, "kubeflow"}:
-            raise ValueError(f"--report_to {self.report_to}: only these are installed: {', '.join(integrations)}")
-        for names, allowed, holds in (
-            ("rdrop_alpha early_stopping_threshold", "finite and at least 0", lambda x: 0 <= x < math.inf),
-            ("label_smoothing_factor validation_fraction", "in [0, 1)", lambda x: 0 <= x < 1),
-            ("learning_rate num_train_epochs", "finite and above 0", lambda x: 0 < x < math.inf),
-            ("max_length max_train_samples max_eval_samples", "at least 1", lambda x: x is None or x >= 1),
-            ("per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
-            ("gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
-            ("early_stopping_patience dataloader_num_workers", "at least 0", lambda x: x >= 0),
-            ("seed", "in [0, 2**32)", lambda x: 0 <= x < 2**32),
-        ):
-            for name in names.split():
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"--{name} must be {allowed}, not {getattr(self, name)}")
-        if self.text_column == self.label_column:
-            raise ValueError(f"--text_column and --label_column are both {self.text_column}")
+        RDropLoss(self.rdrop_alpha, self.label_smoothing_factor)  # refuses what it cannot take
+        for name in ("max_length", "max_train_samples", "max_eval_samples", "gradient_accumulation_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}")
+        if len({self.text_column, self.label_column, self.text_pair_column}) < 3:
+            raise ValueError("--text_column, --label_column and --text_pair_column must differ")
+        if (self.validation_file or self.test_file) and not self.train_file:
+            raise ValueError("--validation_file and --test_file need a --train_file")
         if self.batch_eval_metrics:
-            raise ValueError("--batch_eval_metrics cannot be had: F1 and AUC are not means over batches")
-        if self.metric_for_best_model.removeprefix("eval_") not in (*METRICS, "loss"):
-            raise ValueError(f"--metric_for_best_model {self.metric_for_best_model}: say one of {METRICS} or loss")
+            raise ValueError("--batch_eval_metrics: F1 and AUC are not means over batches")
+        if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
+            raise ValueError("--save_steps must equal --eval_steps, or the best model would not be saved")
 
 
 def parse_args(argv=None) -> RDropArguments:
-    """Read the command line (`argv`: a list of strings, default `sys.argv[1:]`); mistakes end the process."""
-    parser = HfArgumentParser(RDropArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = fail  # argparse would print its usage first, some 150 flags
-    try:
-        args, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    except (ValueError, ImportError) as error:
-        fail(error)
-    if unknown:
-        fail(f"unknown arguments: {' '.join(unknown)}. --help lists those that there are.")
+    """Read `argv` (a list of strings), or else the command line; raises for flags and values that cannot be had."""
+    parser = HfArgumentParser(RDropArguments, description=__doc__[:80], allow_abbrev=False, exit_on_error=False)
+    args, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    if unknown:  # without their values, which may be tokens
+        flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        raise UserError(f"unknown arguments: {', '.join(flags) or 'a stray word'}. --help lists those that there are.")
+    if args.hub_token:  # Trainer would save it in every training_args.bin
+        os.environ["HF_TOKEN"] = args.hub_token
+        args.hub_token = None
     return args
 
 
-# ------------------------------------------------------------------------------------------ output and checkpoints
+# ---------------------------------------- output and resume
+# Beginnings of the flags that do not decide the result; of those of the batch, the effective batch does.
+FREE_FLAGS = re.compile(
+    "output_dir|resume_|num_train_epochs|per_device_|gradient_|activation_|eval_accum|save_|log|report_to|run_name"
+    "|project|trackio|include_|disable_tqdm|hub_|push_|dataloader_(num|p)|ddp_|local_rank|use_cpu|enable_jit"
+)
 
 
-def check_output(args: RDropArguments) -> tuple[Path | None, FileLock | None]:
-    """Ends the process where another run would be lost, or nothing could be saved.
-
-    Returns:
-        The checkpoint to resume from, if any, and a lock on the output folder, held as long as the object lives.
-    """
-    output_dir, asked, checkpoint = Path(args.output_dir), args.resume_from_checkpoint, None
-    if asked == "last":
-        checkpoint = newest_complete(output_dir)
-        if checkpoint is None:
-            fail(f"nothing to resume from: there is no complete checkpoint in {output_dir}")
-    elif asked is not None:
-        checkpoint = Path(asked).expanduser()
-        if not is_complete(checkpoint):
-            fail(f"--resume_from_checkpoint {asked}: there is no complete checkpoint. Give its folder, or: last")
-    ours = "checkpoint-* config.json model*.safetensors tokenizer.json training_args.bin *_results.json".split()
-    earlier = [path for pattern in ours for path in output_dir.glob(pattern)]
-    if earlier and (checkpoint is None or checkpoint.resolve().parent != output_dir.resolve()):
-        resume = "go on with it by --resume_from_checkpoint last"
-        way = resume if any(map(is_complete, earlier)) else "move it away, for it has no complete checkpoint"
-        fail(f"{output_dir} holds an earlier run ({earlier[0].name}): {way}, or choose another --output_dir")
-    written = [args.output_dir, args.logging_dir] if "tensorboard" in args.report_to else [args.output_dir]
-    for folder in written if args.should_save else ():
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            fail(f"cannot write to {folder}: {error.strerror}")
-    if args.process_index > 0:
-        return checkpoint, None
-    lock = FileLock(output_dir / "_run.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        fail(f"another run is writing to {output_dir}: choose another --output_dir")
-    except NotImplementedError:
-        logger.warning(f"the file system of {output_dir} has no locks: see that no other run writes there.")
-    return checkpoint, lock
-
-
-def newest_complete(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint in `output_dir`, with a warning for each newer one that is passed over."""
-    steps = {int(path.name[11:]): path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()}
-    for _, checkpoint in sorted(steps.items(), reverse=True):
-        if is_complete(checkpoint):
+def newest_complete(checkpoints) -> Path | None:
+    """The newest of `checkpoints` (folders) that holds all that a run needs: Trainer would silently do without some."""
+    for checkpoint in sorted(checkpoints, key=lambda folder: int(re.sub(r"\D", "", folder.name) or 0), reverse=True):
+        files = ("*model*", "optimizer*", "scheduler.pt", "rng_state*.pth", "trainer_state.json")  # as written
+        missing = [file for file in files if not any(checkpoint.glob(file))]
+        if not missing:
             return checkpoint
-        logger.warning(f"{checkpoint} is incomplete, or was saved without the optimizer, and is passed over.")
+        logger.warning(f"{checkpoint} is incomplete: it holds no {missing[0]}.")
     return None
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether all was written that a run needs to go on: `trainer_state.json` last of all (see `GuardedTrainer`)."""
+def arguments_of(args: RDropArguments) -> dict:
+    """What `arguments.json` holds: every argument but tokens, and the effective batch."""
+    record = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+    record["effective_batch"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return json.loads(json.dumps(record))
+
+
+def find_checkpoint(args: RDropArguments) -> Path | None:
+    """The checkpoint to resume from, if any; `UserError` if it was trained with flags that give other results."""
+    output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
+    if asked is None:
+        return None
+    checkpoint = newest_complete(output_dir.glob("checkpoint-*") if asked == "last" else [Path(asked)])
+    if checkpoint is None:
+        raise UserError(f"nothing to resume from: no complete checkpoint in {output_dir if asked == 'last' else asked}")
+    was, now = json.loads((checkpoint.resolve().parent / "arguments.json").read_text()), arguments_of(args)
+    more_epochs = now["num_train_epochs"] - was["num_train_epochs"]
+    names = [name for name in now if not FREE_FLAGS.match(name)] + ["num_train_epochs"] * (more_epochs < 0)
+    changed = [f"--{name} was {was.get(name)}, is {now[name]}" for name in names if now[name] != was.get(name)]
+    if changed:
+        raise UserError(f"a resumed run needs the flags that it began with: {'; '.join(changed)}")
+    if more_epochs > 0:
+        logger.warning("More epochs than the run began with: the learning rate now follows the longer schedule.")
+    return checkpoint
+
+
+def claim_output_dir(args: RDropArguments, checkpoint: Path | None) -> Path:
+    """Keep other runs out of the output folder by writing `arguments.json`, whose path is returned."""
+    file = Path(args.output_dir, "arguments.json")
+    in_place = checkpoint is not None and checkpoint.resolve().parent == file.resolve().parent
+    with args.main_process_first(local=False):
+        if args.process_index > 0 and not file.exists():
+            raise UserError(f"--output_dir {args.output_dir} must be a folder that all machines share")
+        if args.process_index == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for name in ("checkpoint-*", "*.safetensors", "*.bin", "*.json"):
+                if not in_place and any(file.parent.glob(name)):
+                    ways = "resume by --resume_from_checkpoint last, remove the folder, or choose another --output_dir"
+                    raise UserError(f"{args.output_dir} holds an earlier run ({name}): {ways}")
+            with open(file, "w" if in_place else "x") as output:
+                json.dump(arguments_of(args), output, indent=2)
+    return file
+
+
+# ---------------------------------------- data
+def read(name: str, builder: str, *config, **options):
+    """`load_dataset` of `builder`, whose many kinds of errors become a `UserError` about `name`."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return all(any(checkpoint.glob(part)) for part in ("*model*", "optimizer*", "scheduler.pt", "rng_state*.pth"))
+        return load_dataset(builder, *config, **options)
+    except Exception as error:  # of pandas, pyarrow, fsspec, the Hub's client
+        cause = error.__cause__ or error
+        form = "files in UTF-8, separated by commas in .csv, by tabs in .tsv, with the same columns"
+        raise UserError(f"cannot read {name} ({type(cause).__name__}: {cause}). {HUB}, or {form}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+def read_file(path: str) -> Dataset:
+    """A csv, tsv, json, jsonl or parquet file, also as .gz; in csv and tsv only empty fields are missing."""
+    kind = path.removesuffix(".gz").rsplit(".", 1)[-1]
+    if kind in ("csv", "tsv"):
+        missing = {"keep_default_na": False, "na_values": [""]}
+        return read(path, "csv", data_files=path, split="train", sep="," if kind == "csv" else "\t", **missing)
+    if kind in ("json", "jsonl", "parquet"):
+        return read(path, kind.removesuffix("l"), data_files=path, split="train")
+    raise UserError(f"{path} does not end in .csv, .tsv, .json, .jsonl or .parquet")
 
 
-def folder_or_hub_id(flag, name, hub_id) -> str:
-    """`name` as a path if it is a folder, else as it is if it matches `hub_id`; anything else ends the process."""
-    folder = os.path.expanduser(name)
-    if os.path.isdir(folder):
-        return os.path.abspath(folder)
-    if os.path.exists(folder) or not re.fullmatch(hub_id, name):
-        fail(f"--{flag} {name}: neither a folder that is there nor a Hub id of the form owner/name")
-    return name
+def read_splits(args: RDropArguments) -> dict[str, Dataset]:
+    """The data as they are: `train` and, where they are there, `validation` and `test`."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `read` reports an unreachable Hub, once
+    if args.train_file:
+        files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+        return {split: read_file(file) for split, file in files.items() if file}
+    names = {"train": "train", "validation": args.validation_split, "test": args.test_split}
+    found = read(args.dataset_name, args.dataset_name, args.dataset_config_name)
+    for split, name in names.items():
+        if name not in found and (split == "train" or name not in (split, "none")):
+            raise UserError(f"{args.dataset_name} has no split {name!r}, only: {', '.join(found)}")
+    return {split: found[name] for split, name in names.items() if name in found}
+
+
+def class_name(value, feature) -> str | None:
+    """The name of the class that `value`, in a column of type `feature`, stands for; None where it is missing."""
+    if isinstance(feature, ClassLabel):
+        return feature.int2str(value) if value is not None and value >= 0 else None
+    if isinstance(value, float):  # pandas makes floats of integers where a field is empty
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if not isinstance(value, (str, int, type(None))):
+        raise UserError(f"labels must be integers or strings, not {value}. Use --label_column")
+    return None if value is None else str(value).strip() or None
+
+
+def clean(rows: Dataset, split: str, classes: list[str] | None, args: RDropArguments) -> Dataset:
+    """The rows with text and label, as `text`, perhaps `text_pair`, and `labels`; `classes` are the names in train."""
+    columns = [column for column in (args.text_column, args.text_pair_column) if column]
+    for column in (*columns, args.label_column):
+        if column not in rows.column_names:
+            hints = "Use --text_column and --label_column. Is there no header line, or another separator?"
+            raise UserError(f"split {split!r} has no column {column!r}, only {str(rows.column_names)[:200]}. {hints}")
+    feature, texts = rows.features[args.label_column], [rows[column][:] for column in columns]
+    labels = [class_name(value, feature) for value in rows[args.label_column][:]]
+    if not all(isinstance(text, (str, type(None))) for column in texts for text in column):
+        raise UserError(f"split {split!r}: not all of {columns} hold strings. Use --text_column")
+    fields = zip(labels, *texts, strict=True)
+    usable = [row for row, values in enumerate(fields) if all(value and value.strip() for value in values)]
+    if len(usable) < len(rows):
+        missing = sorted(set(range(len(rows))) - set(usable))
+        what = f"{len(missing)} of {len(rows)} rows without text or label are left out"
+        logger.warning(f"Split {split!r}: {what}, the first is row {missing[0]} (counted from 0).")
+        rows, labels = rows.select(usable), [labels[row] for row in usable]
+    if classes is None:
+        if len(set(labels)) < 2:
+            raise UserError(f"split {split!r} has one label only, {set(labels) or 'none'}: there is nothing to learn")
+        integers = all(label.lstrip("-").isdecimal() for label in labels)
+        classes = getattr(feature, "names", None) or sorted(set(labels), key=int if integers else None)
+    ids = {name: i for i, name in enumerate(classes)}
+    for row, label in zip(usable, labels, strict=True):
+        if label not in ids:
+            raise UserError(f"split {split!r}: row {row} has label {label!r}, train only {', '.join(classes)[:200]}")
+    rows = rows.select_columns(columns).rename_columns(dict(zip(columns, ("text", "text_pair"), strict=False)))
+    return rows.add_column("labels", [ids[label] for label in labels], feature=ClassLabel(names=classes))
 
 
 def load_splits(args: RDropArguments) -> DatasetDict:
-    """Load, check and sub-sample the data; mistakes in them end the process.
-
-    Returns:
-        Splits `train`, `test` and, with `--validation_fraction`, `validation`; columns `text` (string) and `labels`
-        (ClassLabel, which carries the label names).
-    """
-    name = folder_or_hub_id("dataset_name", args.dataset_name, r"\w[\w.-]*/[\w.-]+")
-    hub_logging.set_verbosity_error()  # an unreachable Hub is reported below, once
-    try:
-        with args.main_process_first(desc="loading the data"):
-            found = load_dataset(name, args.dataset_config_name)
-    except (OSError, ValueError, DatasetsError) as error:
-        if os.path.isdir(name):
-            fail(f"cannot read {name}: {error.__cause__ or error} (Is a split empty, or are its columns others?)")
-        fail(f"cannot get the data set {name}: {error}. {OTHER_HUB}")
-
-    splits = DatasetDict()
-    for split in ("train", "test"):  # no other: IMDB's split unsupervised is labelled -1
-        if split not in found:
-            fail(f"{name} has no split {split!r}, only: {', '.join(found)}")
-        rows = found[split]
-        for flag, column in (("text_column", args.text_column), ("label_column", args.label_column)):
-            if column not in rows.column_names:
-                fail(f"split {split!r} has no column {column!r}, only {rows.column_names}. Use --{flag}.")
-        if len(rows) == 0:
-            fail(f"split {split!r} is empty")
-        texts, labels = rows[args.text_column][:], rows[args.label_column][:]
-        refuse(split, args.text_column, texts, lambda x: type(x) is not str or not x.strip(), "empty or not a string")
-        refuse(split, args.label_column, labels, lambda x: x is None or x == "" or x != x, "missing")
-        if split == "train":
-            classes, names = find_classes(rows.features[args.label_column], labels)
-        known = f"not among the {len(classes)} classes, {classes[0]!r} to {classes[-1]!r} (integers must count from 0)"
-        refuse(split, args.label_column, labels, lambda x: x not in classes, known)
-        ids = [classes.index(label) for label in labels]
-        rows = rows.select_columns([args.text_column]).rename_columns({args.text_column: "text"})
-        splits[split] = rows.add_column("labels", ids, feature=ClassLabel(names=names))
-
-    if args.validation_fraction:
-        try:
-            parts = splits["train"].train_test_split(
-                args.validation_fraction, stratify_by_column="labels", seed=args.seed
-            )
-        except ValueError as error:
-            fail(f"--validation_fraction {args.validation_fraction} cannot be held out: {error}")
-        splits = DatasetDict(train=parts["train"], validation=parts["test"], test=splits["test"])
-    for split in splits:
+    """Load, check and sub-sample `train` and, where there are, `validation` and `test`; columns as of `clean`."""
+    found, splits, classes = read_splits(args), DatasetDict(), None
+    for split, rows in found.items():
+        cleaned = clean(rows, split, classes, args)
+        classes = cleaned.features["labels"].names
+        if len(cleaned) > 0:
+            splits[split] = cleaned
+    fraction = args.validation_fraction
+    if fraction and "validation" in splits:
+        raise UserError("a validation split is there: leave out --validation_fraction, or: --validation_split none")
+    if fraction:
+        parts = splits["train"].train_test_split(fraction, stratify_by_column="labels", seed=args.seed)
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    if len(splits) == 1:
+        raise UserError("there is no validation or test split: use --validation_fraction 0.1 or --validation_split")
+    for split, rows in splits.items():
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
-        if limit is not None and limit < len(splits[split]):
-            splits[split] = splits[split].shuffle(seed=args.seed).select(range(limit))
-    chooser = splits.get("validation", splits["test"])
-    if args.metric_for_best_model.endswith("auc") and len(set(chooser["labels"])) < len(names):
-        fail("--metric_for_best_model auc is undefined: the evaluated split has no example of some class")
+        if limit is not None and limit < len(rows):
+            splits[split] = rows.shuffle(seed=args.seed).select(range(limit))
+        counts = dict(zip(classes, np.bincount(splits[split]["labels"]).tolist(), strict=False))
+        source = found["train" if fraction and split == "validation" else split]
+        args.distributed_state.print(f"{split}: {len(splits[split])} of {len(source)} rows, {str(counts)[:200]}")
+    chooser = splits.get("validation", splits.get("test"))
+    if args.metric_for_best_model == "auc" and len(set(chooser["labels"])) < len(classes):
+        raise UserError("--metric_for_best_model auc is undefined: the evaluated split has no example of some class")
+    if args.positive_label and (args.positive_label not in classes or len(classes) != 2):
+        raise UserError(f"--positive_label {args.positive_label} is not one of two classes. There are: {classes}")
     return splits
 
 
-def find_classes(feature, labels: list) -> tuple[list, list[str]]:
-    """The values that a label can have, in the order of their ids, and their names, from the train split's `labels`."""
-    if len({type(label) for label in labels}) > 1 or not isinstance(labels[0], (int, str)):
-        fail(f"the labels must be integers 0..n-1 or strings, not {feature}")
-    values = sorted(set(labels))
-    if len(values) < 2:
-        fail(f"split 'train' has one label only, {labels[0]!r}: there is nothing to learn")
-    if isinstance(feature, ClassLabel):
-        return list(range(feature.num_classes)), feature.names
-    return values if isinstance(labels[0], str) else list(range(len(values))), [str(value) for value in values]
-
-
-def refuse(split, column, values, is_bad, what):
-    """End the process if any of `values` is bad, saying how many are and which is the first."""
-    bad = [row for row, value in enumerate(values) if is_bad(value)]
-    if bad:
-        fail(
-            f"split {split!r}: {len(bad)} of {len(values)} rows have a {column!r} that is {what}, the first in row "
-            f"{bad[0]} (counted from 0): {str(values[bad[0]])[:40]!r}. Mend them."
-        )
-
-
-def tokenize(splits: DatasetDict, tokenizer, args: RDropArguments, max_length: int) -> DatasetDict:
-    """Replace the texts by their tokens, at most `max_length`; evaluation splits come out longest first.
-
-    Returns:
-        `splits` with the columns that the tokenizer makes (`input_ids`, ...), `length` (tokens) and `labels`.
-    """
-
-    def encode(batch):
-        return tokenizer(batch["text"], truncation=True, max_length=max_length, return_length=True)
-
-    # The first call sets the tokenizer's truncation, which `datasets` hashes: without it the hash of the first split
-    # differs from that of the others, and the cache is missed by a second run or process.
-    encode({"text": [""]})
-    with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(encode, batched=True, remove_columns=["text"], desc="Tokenizing")
+def tokenize(splits: DatasetDict, tokenizer, args: RDropArguments) -> DatasetDict:
+    """Replace the texts by `input_ids` (at most `tokenizer.model_max_length`), ..., and `length` (tokens)."""
+    texts = [column for column in ("text", "text_pair") if column in splits["train"].column_names]
+    options = {"batched": True, "fn_kwargs": {"truncation": True, "return_length": True}, "desc": "Tokenizing"}
+    with args.main_process_first():
+        splits = splits.map(tokenizer, input_columns=texts, remove_columns=texts, **options)
     if not any(set(tokens) - set(tokenizer.all_special_ids) for tokens in splits["train"][:100]["input_ids"]):
-        fail("the tokenizer knows no word of the first 100 texts: are its files in the model's folder?")
-    for split in splits.keys() - {"train"}:  # little padding, and memory runs out at once or not at all
-        longest_first = np.argsort(splits[split]["length"][:], kind="stable")[::-1]
-        splits[split] = splits[split].select(longest_first)
+        raise UserError("the tokenizer knows no word of the first 100 texts: are its files in the model's folder?")
+    for split in splits.keys() - {"train"}:  # longest first: little padding, and memory that is too small shows at once
+        splits[split] = splits[split].select(np.argsort(splits[split]["length"][:], kind="stable")[::-1])
     return splits
 
 
-# ----------------------------------------------------------------------------------------------------------- model
-
-
+# ---------------------------------------- model
 def load_model(args: RDropArguments, names: list[str]):
-    """Load tokenizer and model, with a new head for the labels `names`; what cannot be loaded ends the process.
-
-    Returns:
-        tokenizer, model (float32, on the CPU) and the number of tokens that the model takes.
-    """
-    path = folder_or_hub_id("model_name_or_path", args.model_name_or_path, r"\w[\w.-]*(/[\w.-]+)?")
+    """Load the tokenizer, which knows how many tokens to keep, and the model, with a new head for labels `names`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if tokenizer.pad_token is None:
-            fail(f"the tokenizer of {path} has no padding token, so that no batch can be made of its texts")
-        if args.max_length is not None and args.max_length <= tokenizer.num_special_tokens_to_add():
-            fail(f"--max_length {args.max_length} leaves no token of a text beside the model's special tokens")
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+        tokenizer(["two", "texts"], padding=True)  # raises where there is no padding token
+        special = tokenizer.num_special_tokens_to_add(pair=args.text_pair_column is not None)
+        if args.max_length and args.max_length <= special:
+            raise ValueError(f"--max_length must be more than the {special} special tokens")
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            num_labels=len(names),
+            args.model_name_or_path,
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
             dtype=torch.float32,  # the default is the checkpoint's dtype, and fp16 needs float32 weights to update
             ignore_mismatched_sizes=True,  # a head trained on other labels gives way to a new one
             output_loading_info=True,
+            trust_remote_code=False,  # the default asks on the terminal
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(f"cannot load the model {path}: {error}. {'' if os.path.isdir(path) else OTHER_HUB}")
-
-    not_loaded = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    new = [key for key in not_loaded if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+    except Exception as error:  # of safetensors, tokenizers, the Hub's client
+        raise UserError(f"cannot load {args.model_name_or_path} ({type(error).__name__}: {error}). {HUB}") from error
+    new = loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]}
+    new = sorted(key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key)
     if new:  # only the head, and a pooler, may be new
-        fail(f"the weights of {path} do not fit its config: {len(new)} parts of the encoder are missing, as {new[0]}")
+        raise UserError(f"the weights of {args.model_name_or_path} do not fit its config: {new[0]}, ... are missing")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-
-    # A position table with a padding index counts from there (RoBERTa: 514 positions take 512 tokens).
-    positions = getattr(model.config, "max_position_embeddings", None) or -1
-    limits = [tokenizer.model_max_length, positions if positions > 0 else math.inf]
-    for module_name, module in model.named_modules():
-        if module_name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # A table with a padding index counts from there: RoBERTa's 514 positions take 512 tokens.
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-    limit = min(limits)
-    if limit > 1e6:  # neither knows a limit (XLNet): the recipe's
-        limit = 512
-    tokenizer.model_max_length = limit  # saved with the tokenizer, so that pipeline(..., truncation=True) is right
-
-    if args.rdrop_alpha > 0 and not passes_differ(model, tokenizer):
-        logger.warning(
-            "This model has no active dropout: both passes give the same output, the KL term is zero and R-Drop does "
-            "nothing. Set its dropout probabilities in config.json, or use --rdrop_alpha 0."
-        )
-    return tokenizer, model, limit
+    # -1 and 10**30 stand for no limit; where there is none (XLNet), the recipe's holds
+    limit = min([limit for limit in limits if limit and 0 < limit < 1_000_000], default=512)
+    tokenizer.model_max_length = min(args.max_length or limit, limit)  # saved, so that a pipeline truncates alike
+    tokenizer("", truncation=True)  # sets its truncation, by which `datasets` knows its cached results
+    return tokenizer, model
 
 
-def passes_differ(model, tokenizer) -> bool:
-    """Whether two passes in training mode give different logits. Leaves the random state as it was."""
-    inputs = tokenizer("two passes of the same text", return_tensors="pt", truncation=True)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model.train()
-        return not torch.equal(model(**inputs).logits, model(**inputs).logits)
-
-
-# ------------------------------------------------------------------------------------------------------------ loss
-
-
+# ---------------------------------------- loss
 class RDropLoss(nn.Module):
     """R-Drop with label smoothing: 1/2 (CE1 + CE2) + alpha * 1/2 (KL(p2 || p1) + KL(p1 || p2)).
 
-    This is Liang et al. (2021), section 2.1, with the CE of the two passes averaged where the paper adds them: its
-    loss with weight 2 alpha is twice this one. Everything is computed in float32 and averaged over the batch.
-
-    Args:
-        alpha: weight of the KL term, finite and at least 0.
-        label_smoothing: share of the label spread evenly over all classes, in [0, 1).
-
-    Raises:
-        ValueError: if `alpha` or `label_smoothing` is out of range.
+    Liang et al. (2021), section 2.1, add the CEs of the two passes: their loss with weight 2 alpha is twice this one.
+    Logits are (batch, classes), labels integers (batch); every result is a float32 scalar, in nats, averaged over the
+    batch. `label_smoothing` is the share of the label spread over all classes. Values out of range: `ValueError`.
     """
 
     def __init__(self, alpha: float = 1.0, label_smoothing: float = 0.0):
         super().__init__()
         if not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha must be finite and at least 0, not {alpha}")
+            raise ValueError(f"alpha (--rdrop_alpha) must be finite and at least 0, not {alpha}")
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
-        self.alpha = alpha
-        self.label_smoothing = label_smoothing
+            raise ValueError(f"label_smoothing (--label_smoothing_factor) must be in [0, 1), not {label_smoothing}")
+        self.alpha, self.label_smoothing = alpha, label_smoothing
 
-    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Label-smoothed cross-entropy in nats of `logits` (batch, classes) and `labels` (batch); a scalar."""
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-
-    def kl(self, logits1: torch.Tensor, logits2: torch.Tensor) -> torch.Tensor:
-        """Half the sum of both KL divergences in nats, of two logits (batch, classes); a scalar."""
-        log_p1, log_p2 = F.log_softmax(logits1.float(), dim=-1), F.log_softmax(logits2.float(), dim=-1)
-        forward = F.kl_div(log_p1, log_p2, reduction="batchmean", log_target=True)  # KL(p2 || p1)
-        backward = F.kl_div(log_p2, log_p1, reduction="batchmean", log_target=True)  # KL(p1 || p2)
-        return 0.5 * (forward + backward)
-
-    def parts(self, logits1: torch.Tensor, logits2: torch.Tensor, labels: torch.Tensor):
-        """The two terms apart, neither weighted: mean CE of the passes, and KL; two scalars."""
-        ce = 0.5 * (self.cross_entropy(logits1, labels) + self.cross_entropy(logits2, labels))
-        return ce, self.kl(logits1, logits2)
-
-    def forward(self, logits1: torch.Tensor, logits2: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of two logits (batch, classes) for `labels` (batch, integers); a float32 scalar."""
-        ce, kl = self.parts(logits1, logits2, labels)
-        return ce + self.alpha * kl
+    def forward(self, logits1: torch.Tensor, logits2: torch.Tensor, labels: torch.Tensor):
+        """The loss of two passes, and its terms, not weighted: mean CE, and half the sum of both KL divergences."""
+        logits1, logits2 = logits1.float(), logits2.float()
+        log_p1, log_p2 = logits1.log_softmax(dim=-1), logits2.log_softmax(dim=-1)
+        ce1 = F.cross_entropy(logits1, labels, label_smoothing=self.label_smoothing)
+        ce2 = F.cross_entropy(logits2, labels, label_smoothing=self.label_smoothing)
+        kl_21 = F.kl_div(log_p1, log_p2, reduction="batchmean", log_target=True)  # KL(p2 || p1)
+        kl_12 = F.kl_div(log_p2, log_p1, reduction="batchmean", log_target=True)  # KL(p1 || p2)
+        ce, kl = 0.5 * (ce1 + ce2), 0.5 * (kl_21 + kl_12)
+        return ce + self.alpha * kl, ce, kl
 
 
-# --------------------------------------------------------------------------------------------------------- trainer
-
-
-class StopRequested(Exception):
-    """Raised in the training loop once the checkpoint that a SIGTERM asked for is saved."""
-
-
-class GuardedTrainer(Trainer):
-    """A `Trainer` that can be killed, stopped or diverge at any moment without harm. Nothing in it is R-Drop's.
-
-    Raises (from `train`):
-        StopRequested: after a SIGTERM, with `--enable_jit_checkpoint`, once a checkpoint is saved.
-        FloatingPointError: if a loss or an evaluation is not finite; nothing is saved from then on.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
-        self._stop_requests = torch.zeros((), device=self.args.device)
-
-    def _init_training_state(self, *args, **kwargs):
-        epochs_and_steps = super()._init_training_state(*args, **kwargs)
-        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
-        if best.is_dir():  # where it is now: the checkpoint resumed from knows the path of its first day
-            self.state.best_model_checkpoint = str(best)
-        return epochs_and_steps
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        # noted on the device: reading the value here would make the CPU wait for the GPU in every step
-        bad_step = self._first_bad_step.clamp(max=self.state.global_step + 1)
-        self._first_bad_step = torch.where(loss.isfinite(), self._first_bad_step, bad_step)
-        return loss
-
-    def check_loss(self):
-        """Raise `FloatingPointError` if the loss of a step so far, on any process, was not finite."""
-        step = self.accelerator.gather(self._first_bad_step).min().item()
-        if step < math.inf:
-            raise FloatingPointError(f"the loss of step {int(step)} is not finite")
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        # All processes stop after the same step, and before Trainer evaluates as if the training had come to its end.
-        if self.args.enable_jit_checkpoint and self.accelerator.reduce(self._stop_requests).item() > 0:
-            self.check_loss()
-            if not is_complete(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")):
-                self.control.should_save = True
-                self._save_checkpoint(self.model, None)
-            raise StopRequested
-        control = self.control
-        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
-            self.check_loss()
-        try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-        except FloatingPointError as error:  # of compute_metrics
-            raise FloatingPointError(f"{error} after step {self.state.global_step}") from error
-
-    def _save_checkpoint(self, model, trial):
-        if not self.control.should_save:  # not due but a SIGTERM's, within a step, in each process in another one
-            self._stop_requests += 1
-            self.control.should_training_stop = False  # go on to the end of the step
-            return
-        if self.args.should_save:  # Trainer writes this file last: while it is missing, the checkpoint is incomplete
-            checkpoint = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            (checkpoint / "trainer_state.json").unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # each process writes such a file, and trainer_state.json comes next
-
-
-class RDropTrainer(GuardedTrainer):
+# ---------------------------------------- trainer
+class RDropTrainer(Trainer):
     """A `Trainer` whose training steps run the model twice (once if `alpha` is 0) and take `RDropLoss`.
 
-    Evaluation runs it once: without dropout both passes are equal, so that CE is the whole loss. `ce` and `kl`, means
-    over all processes since the last log, stand in the log beside `loss` (`kl` only where two passes run).
-
-    Args:
-        alpha, label_smoothing: as in `RDropLoss`. All other arguments go to `Trainer`.
+    Evaluation runs it once: without dropout both passes are equal, and CE is the whole loss. `ce` and `kl`, means over
+    all processes since the last log, stand in the log beside `loss`. Label smoothing is `args.label_smoothing_factor`;
+    all arguments but `alpha` are `Trainer`'s. `FloatingPointError` before the next log after a loss that is not finite.
     """
 
     loss_is_scaled_for_ga = False  # a mean over each micro-batch: Trainer divides by the accumulation steps
 
-    def __init__(self, *args, alpha: float = 1.0, label_smoothing: float = 0.0, **kwargs):
+    def __init__(self, *args, alpha: float = 1.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the same, as versions know it that lack the attribute above
-        self.rdrop_loss = RDropLoss(alpha, label_smoothing)
-        self._sums = torch.zeros(3, device=self.args.device)  # CE, KL and steps since the last log
+        self.rdrop_loss = RDropLoss(alpha, self.args.label_smoothing_factor)
+        self.sums = torch.zeros(3, device=self.args.device)  # CE, KL, steps; read at a log only, so no step waits
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch with `labels` (batch); with `return_outputs` also the logits of the first pass."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
-        two_passes = model.training and self.rdrop_loss.alpha > 0
-        other = model(**inputs).logits if two_passes else logits  # equal logits: KL 0, and the CE of one pass
-        ce, kl = self.rdrop_loss.parts(logits, other, labels)
-        loss = ce + self.rdrop_loss.alpha * kl
+        # the same logits twice give the CE of one pass, and KL 0
+        other = model(**inputs).logits if model.training and self.rdrop_loss.alpha > 0 else logits
+        loss, ce, kl = self.rdrop_loss(logits, other, labels)
         if model.training:
             parts = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
-            self._sums += parts / getattr(self, "current_gradient_accumulation_steps", 1)
+            self.sums += parts / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def read_sums(self) -> list[float]:
+        """CE, KL and steps since the last log, summed over all processes."""
+        sums = self.accelerator.reduce(self.sums).tolist()
+        if not all(map(math.isfinite, sums)):
+            raise FloatingPointError(f"the loss is not finite (seen at step {self.state.global_step})")
+        return sums
 
     def log(self, logs, *args, **kwargs):
         """Log as `Trainer` does, with CE and KL beside the training loss."""
         if "loss" in logs:
-            ce, kl, steps = self.accelerator.reduce(self._sums).tolist()
-            self._sums.zero_()
+            ce, kl, steps = self.read_sums()
+            self.sums.zero_()
             logs["ce"] = ce / steps
             if self.rdrop_loss.alpha > 0:
                 logs["kl"] = kl / steps
+                if kl == 0 and not self.state.log_history:
+                    logger.warning("KL is 0: the model has no dropout, both passes are equal: R-Drop does nothing.")
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate as `Trainer` does, with the loss averaged over samples, whatever the batches and processes."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if output.predictions is not None and output.label_ids is not None:
-            # Trainer's mean over batches counts those samples twice that fill up the last batch of each process
-            logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
-            output.metrics[f"{metric_key_prefix}_loss"] = self.rdrop_loss.cross_entropy(logits, labels).item()
-        return output
-
-    def _get_eval_sampler(self, eval_dataset):
-        return None  # in the order of the data set, longest first, under every --train_sampling_strategy
-
-    def create_model_card(self, *args, **kwargs):
-        """Write `Trainer`'s model card, which names data, metrics and settings, and add the recipe."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
-                card.write(
-                    f"\n### Recipe\n\nR-Drop ([Liang et al., 2021](https://arxiv.org/abs/2106.14448)), alpha "
-                    f"{self.rdrop_loss.alpha} (0: plain baseline), label smoothing {self.rdrop_loss.label_smoothing}; "
-                    "loss `1/2 (CE1 + CE2) + alpha/2 (KL(p2||p1) + KL(p1||p2))` of two forward passes of each batch.\n"
-                )
+    def save_model(self, *args, **kwargs):
+        """Save as `Trainer` does, unless the training has diverged."""
+        self.read_sums()
+        super().save_model(*args, **kwargs)
 
 
-# --------------------------------------------------------------------------------------------------------- metrics
+class RunCallback(TrainerCallback):
+    """Keeps a resumed run to the course of an uninterrupted one, and knows how far the run has come."""
+
+    claim, checkpoint, started = None, None, False  # its arguments.json, what it resumes from, whether steps have begun
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if best.is_dir():  # where it is now: the folder may have been moved
+            state.best_model_checkpoint = str(best)
+        batch = arguments_of(args)["effective_batch"]
+        args.distributed_state.print(f"effective batch {batch}, steps {state.global_step} to {state.max_steps}")
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if args.train_sampling_strategy == "group_by_length":
+            # Trainer restores the global random state only after a resumed epoch has drawn its order from it.
+            batches = train_dataloader.batch_sampler
+            sampler = getattr(batches, "batch_sampler", batches).sampler  # several processes share one
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        best = Path(state.best_model_checkpoint or f"checkpoint-{state.best_global_step}")
+        if args.load_best_model_at_end and state.best_global_step and not any(best.glob("*model*")):
+            raise UserError(f"the best checkpoint, {best}, holds no model: all machines must share --output_dir")
 
 
-def compute_metrics(eval_pred) -> dict[str, float]:
-    """Accuracy, F1 and ROC AUC of `eval_pred` (logits (n, classes), labels (n)).
+# ---------------------------------------- metrics
+def compute_metrics(eval_pred, loss: RDropLoss, positive: int = 1) -> dict[str, float]:
+    """Loss, accuracy, F1 and ROC AUC of `eval_pred` (logits (n, classes), labels (n)).
 
-    Two classes: F1 of class 1, and AUC from its softmax probability. More: macro F1 and one-vs-rest macro AUC. AUC is
-    left out, with a warning, where a class has no example in the labels: it is undefined there.
-
-    Raises:
-        FloatingPointError: if a logit is not finite.
+    Two classes: F1 of class `positive`, and AUC from its softmax probability. More: macro F1 and one-vs-rest macro
+    AUC. AUC is left out, with a warning, where a class has no label. Logits that are not finite: `FloatingPointError`.
     """
-    logits, labels = eval_pred[0], eval_pred[1]
-    if not np.isfinite(logits).all():
+    logits, labels = torch.from_numpy(eval_pred[0]), eval_pred[1]
+    if not logits.isfinite().all():
         raise FloatingPointError("the logits of the evaluation are not finite")
-    classes = np.arange(logits.shape[-1])
-    predictions = logits.argmax(axis=-1)
-    metrics = {
-        "accuracy": accuracy_score(labels, predictions),
-        "f1": f1_score(labels, predictions, average="binary" if len(classes) == 2 else "macro"),
-    }
-    missing = np.setdiff1d(classes, labels)
-    if len(missing) > 0:
-        logger.warning("AUC is undefined and left out: no label of class %s.", ", ".join(map(str, missing)))
+    # Trainer's own mean counts the examples twice that fill up the last batch of several processes
+    metrics = {"loss": loss(logits, logits, torch.from_numpy(labels))[0].item()}
+    binary = logits.shape[-1] == 2
+    predictions = logits.argmax(dim=-1).numpy()
+    metrics["accuracy"] = accuracy_score(labels, predictions)
+    metrics["f1"] = f1_score(labels, predictions, pos_label=positive, average="binary" if binary else "macro")
+    if len(np.unique(labels)) < logits.shape[-1]:
+        logger.warning("AUC is undefined and left out: some class has no example.")
         return metrics
-    probabilities = torch.from_numpy(logits).double().softmax(dim=-1).numpy()
-    scores = probabilities[:, 1] if len(classes) == 2 else probabilities
-    metrics["auc"] = roc_auc_score(labels, scores, multi_class="ovr")
+    probabilities = logits.double().softmax(dim=-1).numpy()
+    scores = probabilities[:, positive] if binary else probabilities
+    metrics["auc"] = roc_auc_score(labels == positive if binary else labels, scores, multi_class="ovr")
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------------------ main
-
-
-def main(argv=None) -> dict[str, float]:
-    """Train as `argv` (a list of strings, default: the command line) says; returns what `all_results.json` holds."""
-    if parse_version(transformers.__version__) < parse_version("5.17"):
-        fail(f"transformers {transformers.__version__} is too old: 5.17 or later is needed (see requirements.txt)")
-    args = parse_args(argv)
-    try:
-        return run(args)
-    except ImportError as error:  # of a package that a flag asks for, such as an optimizer's
-        fail(error)
-    except KeyboardInterrupt:
-        end, status = "interrupted", 130
-    except StopRequested:
-        end, status = "stopped by SIGTERM", 143
-    except FloatingPointError as error:
-        end, status = f"{error}: the training has diverged. Lower --learning_rate, or try --bf16 or --fp16 false", 1
-    checkpoint = newest_complete(Path(args.output_dir))
-    resume = f"Add --resume_from_checkpoint last to the same command to go on from {checkpoint}."
-    fail(f"{end}. {resume if checkpoint else 'No checkpoint has been saved.'}", status)
-
-
-def run(args: RDropArguments) -> dict[str, float]:
+# ---------------------------------------- main
+def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
     """Load data and model, train, evaluate and save; returns the metrics."""
-    checkpoint, lock = check_output(args)
-    (enable_full_determinism if args.full_determinism else set_seed)(args.seed)  # before the new head is drawn
+    checkpoint = find_checkpoint(args)
+    callback.claim = claim_output_dir(args, checkpoint)
+    Path(args.logging_dir).mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)  # before the new head is drawn
     splits = load_splits(args)
     names = splits["train"].features["labels"].names
-    if SPEAKS:
-        sizes = (f"{len(rows)} {split}" for split, rows in splits.items())
-        print(f"Data: {', '.join(sizes)}; labels: {', '.join(names)}")
-    tokenizer, model, limit = load_model(args, names)
-    if args.max_length is not None and args.max_length > limit:
-        logger.warning(f"--max_length {args.max_length} is more than the model takes: texts are cut to {limit} tokens.")
-    max_length = min(args.max_length or limit, limit)
-    splits = tokenize(splits, tokenizer, args, max_length)
-
-    patience = args.early_stopping_patience or sys.maxsize
-    early_stopping = EarlyStoppingCallback(patience, args.early_stopping_threshold)
-    schedule = args.max_steps, args.num_train_epochs
-    if checkpoint:  # Trainer restores all but the patience used up (or, by a flag, with it the old patience itself)
-        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
-        saved = state.stateful_callbacks.get("EarlyStoppingCallback", {"attributes": {}})["attributes"]
-        early_stopping.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
-        if early_stopping.early_stopping_patience_counter >= patience:
-            args.max_steps, args.num_train_epochs = -1, int(state.epoch)  # it had stopped: no epoch is left
-
-    # Tensor cores like multiples of 8, which must not pad beyond the model's positions.
-    pad_to_8 = (args.fp16 or args.bf16) and -(-max_length // 8) * 8 <= limit
+    tokenizer, model = load_model(args, names)
+    splits = tokenize(splits, tokenizer, args)
+    positive = names.index(args.positive_label or names[1])
+    about = f"F1 and AUC of {names[positive]}" if len(names) == 2 else "macro F1 and AUC"
+    tokens = f"{sum(splits['train']['length'])} tokens to train on, at most {tokenizer.model_max_length} a text"
+    args.distributed_state.print(f"{about}; {tokens}")
+    curves = f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}_{Path(args.output_dir).resolve().name}"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = curves = os.path.join(args.logging_dir, curves)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # all is tokenized; else it warns where data loaders fork
+    early_stopping = EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)
+    stops_early = args.early_stopping_patience > 0 and args.eval_strategy != "no"
     trainer = RDropTrainer(
         model=model,
         args=args,
         train_dataset=splits["train"],
-        eval_dataset=splits.get("validation", splits["test"]),
+        eval_dataset=splits.get("validation", splits.get("test")),
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if pad_to_8 else None),
-        compute_metrics=compute_metrics,
-        callbacks=[early_stopping] if args.eval_strategy != "no" else [],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda output: compute_metrics(output, trainer.rdrop_loss, positive),
+        callbacks=[callback, early_stopping] if stops_early else [callback],
         alpha=args.rdrop_alpha,
-        label_smoothing=args.label_smoothing_factor,
     )
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):  # each run in a folder of its own, named by its start
-            callback.logging_dir = os.path.join(args.logging_dir, f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"[:-3])
-
+    signal.signal(signal.SIGTERM, stop)  # again, for --enable_jit_checkpoint sets a handler of its own
+    callback.checkpoint = checkpoint
     results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    args.max_steps, args.num_train_epochs = schedule
     if checkpoint:
         results.pop("train_loss")  # Trainer's mean knows nothing of the steps before the interruption
-    trainer.remove_callback(EarlyStoppingCallback)  # its work is done, and it would ask the test split for eval_f1
-    trainer.save_model()
-    trainer.log_metrics("train", results)
     trainer.save_metrics("train", results, combined=False)
-    evaluations = {"eval": "validation", "test": "test"} if "validation" in splits else {"eval": "test"}
-    for prefix, split in evaluations.items():
-        vars(trainer).pop("_eval_dataloaders", None)  # with persistent workers Trainer would evaluate the last again
-        metrics = trainer.evaluate(splits[split], metric_key_prefix=prefix)
+    evaluated = {"eval": trainer.eval_dataset}
+    if splits.keys() >= {"validation", "test"}:
+        evaluated["test"] = splits["test"]
+    for prefix, split in evaluated.items():
+        # `predict` adds no point to the curves, which show the models in training: this is the best one
+        metrics = {**trainer.predict(split, metric_key_prefix=prefix).metrics, "epoch": trainer.state.epoch}
+        trainer.state.log_history.append({**metrics, "step": trainer.state.global_step})  # for the model card
         trainer.log_metrics(prefix, metrics)
         trainer.save_metrics(prefix, metrics, combined=False)
-        results.update(metrics)
-    trainer.save_metrics("all", results, combined=False)  # at once: Trainer would read back what a kill cut short
+        results |= metrics
+    trainer.save_metrics("all", results, combined=False)
     trainer.save_state()
-    if args.push_to_hub:
-        on_hub = None if os.path.isdir(args.dataset_name) else args.dataset_name
+    figures = {name: metrics[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc") if f"{prefix}_{name}" in metrics}
+    if trainer.is_world_process_zero() and "tensorboard" in args.report_to:
+        compared = ("rdrop_alpha", "label_smoothing_factor", "learning_rate", "num_train_epochs", "seed")
+        settings = {name: arguments_of(args)[name] for name in (*compared, "model_name_or_path", "effective_batch")}
+        settings["data"] = args.train_file or args.dataset_name
+        with SummaryWriter(curves) as writer:
+            writer.add_hparams(settings, {f"final/{name}": value for name, value in figures.items()}, run_name=".")
+    summary = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    args.distributed_state.print(f"\n{'Test' if 'test' in splits else 'Validation'} split: {summary} ({about})")
+    if args.push_to_hub:  # which saves the model first
+        on_hub = None if args.train_file or os.path.isdir(args.dataset_name) else args.dataset_name
         trainer.push_to_hub(dataset=args.dataset_name, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
-    if trainer.is_world_process_zero():
-        figures = {name: results.get(f"{'test' if 'validation' in splits else 'eval'}_{name}") for name in METRICS}
-        shown = (f"{name} {figure:.4f}" for name, figure in figures.items() if figure is not None)
-        curves = f"\nCurves:     tensorboard --logdir {args.logging_dir}" if "tensorboard" in args.report_to else ""
-        print(
-            f"\nTest split: {', '.join(shown)}"
-            f"\nModel:      {args.output_dir}{curves}"
-            f"\nTry it:     python -c \"from transformers import pipeline; print(pipeline('text-classification', "
-            f"model={args.output_dir!r}, truncation=True)('A film to remember.'))\""
-        )
-    trainer.accelerator.end_training()
-    if lock:
-        lock.release()
+    else:
+        trainer.save_model()
+    classify = f'pipeline("text-classification", {json.dumps(args.output_dir)}, truncation=True)'
+    code = shlex.quote(f'from transformers import pipeline; print({classify}("A film to remember."))')
+    args.distributed_state.print(f"Curves:     tensorboard --logdir {args.logging_dir}\nTry it:     python -c {code}")
+    trainer.end()
     return results
+
+
+def stop(*_):
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # torch would raise for data loaders that have got a SIGTERM too
+    raise KeyboardInterrupt("SIGTERM")
+
+
+def main(argv=None) -> dict[str, float]:
+    """Train as `argv` (strings) or the command line says; returns what `all_results.json` holds, or exits in a line."""
+    signal.signal(signal.SIGTERM, stop)
+    args, callback = None, RunCallback()
+    try:
+        check_min_version("5.23.0")
+        args = parse_args(argv)
+        return run(args, callback)
+    except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers may send a second one
+        if callback.claim and not any(callback.claim.parent.glob("checkpoint-*")):
+            callback.claim.unlink(missing_ok=True)  # nothing is lost: the folder is free again
+        if args and args.log_level == "debug":
+            raise
+        line, status = str(error), 1 if callback.started else 2
+        if isinstance(error, KeyboardInterrupt):
+            line, status = ("stopped by SIGTERM", 143) if line else ("interrupted", 130)
+        elif isinstance(error, FloatingPointError):
+            line += ": the training has diverged. Start anew with a lower --learning_rate: a resumed run keeps it"
+        elif isinstance(error, torch.OutOfMemoryError):
+            line, status = "out of GPU memory: halve --per_device_train_batch_size and double ", 1
+            line += "--gradient_accumulation_steps (same effective batch), or add --activation_checkpointing"
+        elif "No space left" in line or (callback.started and "inline_container" in line):  # so says torch's writer
+            line, status = f"the disk is full ({line}): make room", 1
+        elif not isinstance(error, UserError):
+            if callback.started:
+                raise
+            line = f"{type(error).__name__}: {line}"
+            if callback.checkpoint:
+                line = f"cannot read {callback.checkpoint} ({line}): remove it and resume from the one before"
+        if status != 2 and args and not isinstance(error, FloatingPointError):
+            checkpoint = newest_complete(Path(args.output_dir).glob("checkpoint-*"))
+            resume = f"To go on from {checkpoint}, add --resume_from_checkpoint last to the same command"
+            line += f". {resume if checkpoint else 'No checkpoint has been saved'}."
+        below = "\n" * bool(callback.started or callback.checkpoint)  # below the progress bar
+        logger.error(f"{below}train_rdrop.py: {' '.join(line.split())}")
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import textwrap
+import time
 from pathlib import Path
 
 # Before any Hugging Face import: caches of our own, no network, one thread for each of several processes at a time.
@@ -15,10 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import tiny_imdb
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_rdrop.py"
+FIGURES = ("eval_loss", "eval_accuracy", "eval_f1", "eval_auc", "epoch")
 sys.path.insert(0, str(ROOT))
 
 # Most of a start is imports. This server has them done, and forks a fresh process for each start of the script.
@@ -40,12 +42,26 @@ def start_here(argv, folder, env, log, prelude):
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
+def on(event, code):
+    """A prelude: `code` is run at `event` of Trainer's callbacks, and knows `args`, `state` and some modules."""
+    return (
+        "import errno, os, pathlib, shutil, signal, sys, threading, torch\n"
+        "from transformers import TrainerCallback, trainer\n"
+        "class Prelude(TrainerCallback):\n"
+        f"    def {event}(self, args, state, control, **kwargs):\n"
+        f"{textwrap.indent(code, ' ' * 8)}\n"
+        "trainer.DEFAULT_CALLBACKS.append(Prelude)\n"
+    )
+
+
 class Run:
     """The script, started in the background: `wait()` for it, `process.kill()` it, look at what it wrote."""
 
     def __init__(self, argv, folder, env=None, name="run", prelude=""):
         self.folder = Path(folder)
         self.log = self.folder / name
+        for stream in ("out", "err"):
+            Path(f"{self.log}.{stream}").touch()
         arguments = ([str(a) for a in argv], folder, env or {}, self.log, prelude)
         self.process = server.Process(target=start_here, args=arguments)
         self.process.start()
@@ -67,24 +83,41 @@ class Run:
     @property
     def said(self):
         """What the script itself has said on stderr: its last lines, by the name in front."""
-        return [line for line in self.err.splitlines() if line.startswith("train_rdrop.py: ")]
+        return said(self.err)
 
     def json(self, name, output_dir="results_rdrop"):
         return json.loads((self.folder / output_dir / name).read_text())
 
+    def assert_one_line(self, status, *words):
+        """It has ended with `status` and one line on stderr that holds all `words`."""
+        assert self.status == status and len(self.said) == 1 and "Traceback" not in self.err, self.err
+        assert all(str(word) in self.said[0] for word in words), (words, self.said[0])
+
+
+def said(err):
+    return [line for line in err.splitlines() if line.startswith("train_rdrop.py: ")]
+
+
+def wait_for(condition, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.002)
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with `model` and `data`, and `argv`, which make the script learn them in some seconds."""
+    """A folder with `model` and `data`, which the script learns in some seconds."""
     folder = tmp_path_factory.mktemp("tiny")
     subprocess.run([sys.executable, ROOT / "tests" / "tiny_imdb.py", folder], check=True, capture_output=True)
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def argv(tiny):
     """Arguments of a short run: the recipe, but for model, data, learning rate and device."""
-    return ["--model_name_or_path", tiny / "model", "--dataset_name", tiny / "data", "--learning_rate", "1e-3", "--use_cpu"]
+    paths = ["--model_name_or_path", tiny / "model", "--dataset_name", tiny / "data"]
+    return [*paths, "--learning_rate", "1e-3", "--use_cpu"]
 
 
 @pytest.fixture
@@ -101,6 +134,23 @@ def start(tmp_path, argv):
     for run in runs:
         if run.process.exitcode is None:
             run.process.kill()
+
+
+def assert_same_end(one, two, outputs=("results_rdrop", "results_rdrop")):
+    """Both runs have ended with the same figures and, bit for bit, the same weights: the best and the last."""
+    from safetensors.torch import load_file
+
+    ends = []
+    for run, output in zip((one, two), outputs, strict=True):
+        folder = run.folder / output
+        last = max(folder.glob("checkpoint-*"), key=lambda checkpoint: int(checkpoint.name.split("-")[1]))
+        figures = {name: run.json("all_results.json", output)[name] for name in FIGURES}
+        weights = [load_file(path / "model.safetensors") for path in (folder, last)]
+        ends.append((figures, last.name, *weights))
+    (*seen, best, last), (*other_seen, other_best, other_last) = ends
+    assert seen == other_seen
+    for weights, other in ((best, other_best), (last, other_last)):
+        assert weights.keys() == other.keys() and all(weights[name].equal(other[name]) for name in weights)
 
 
 def scalars(folder):

@@ -72,13 +72,14 @@ class Handler(BaseHTTPRequestHandler):
         if tree := re.fullmatch(r"/api/((?:models|datasets)/[^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
             if tree[1] not in self.hub.folders:
                 return self.missing("RepoNotFound")
+            found = {name: file for name, file in self.files(tree[1]).items() if name.startswith(tree[2] or "")}
+            oid = {name: hashlib.sha1(name.encode()).hexdigest() for name in found}
             entries = [
-                {"type": "file", "path": name, "size": file.stat().st_size, "oid": hashlib.sha1(name.encode()).hexdigest()}
-                for name, file in self.files(tree[1]).items()
-                if name.startswith(tree[2] or "")
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": oid[name]}
+                for name, file in found.items()
             ]
             return self.answer(200, entries) if entries or not tree[2] else self.missing("EntryNotFound")
-        self.missing("EntryNotFound")
+        return self.missing("EntryNotFound")
 
     def do_POST(self):
         self.hub.asked.append(f"{self.command} {self.path}")
@@ -90,12 +91,17 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         else:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "/gone/" in self.path:  # this repository can be made, and then is no more
+            return self.answer(410, {"error": "gone"})
         if self.path == "/api/repos/create":
+            if "Authorization" not in self.headers:
+                return self.answer(401, {"error": "Invalid username or password."})
             asked = json.loads(body)
             repo = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
             return self.answer(200, {"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo})
         if re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/[^/]+", self.path):
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            asked = json.loads(body)["files"]
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
             return self.answer(200, {"files": files})
         if commit := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/[^/]+", self.path):
             for line in body.splitlines():
@@ -115,4 +121,4 @@ class Handler(BaseHTTPRequestHandler):
             ])  # fmt: skip
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
-        self.missing("EntryNotFound")
+        return self.missing("EntryNotFound")

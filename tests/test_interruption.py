@@ -1,38 +1,28 @@
 """Killed, stopped and interrupted runs, and what they leave behind."""
 
 import os
+import re
 import shutil
 import signal
-import time
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
-from safetensors.torch import load_file
+from conftest import SCRIPT, Run, assert_same_end, on, said, wait_for
+
+from train_rdrop import RDropArguments
 
 SHORT = ("--num_train_epochs", "3", "--max_train_samples", "200")  # 13 steps an epoch
+TINY = ("--max_train_samples", "64", "--max_eval_samples", "32")  # 4 steps an epoch
 SIX = ("--num_train_epochs", "6", "--early_stopping_patience", "0")
-FIGURES = ("eval_loss", "eval_accuracy", "eval_f1", "eval_auc", "epoch")
-
-
-def figures(run):
-    return {name: run.json("all_results.json")[name] for name in FIGURES}
-
-
-def wait_for(condition, timeout=60):
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.002)
+LONG = ("--num_train_epochs", "200", "--logging_steps", "5", "--early_stopping_patience", "0")
+NO_EVAL = ("--eval_strategy", "no", "--load_best_model_at_end", "false")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny):
+def whole(tmp_path_factory, argv):
     """A run that nobody interrupted."""
-    from conftest import Run
-
-    folder = tmp_path_factory.mktemp("whole")
-    base = ["--model_name_or_path", tiny / "model", "--dataset_name", tiny / "data", "--learning_rate", "1e-3", "--use_cpu"]
-    run = Run([*base, *SHORT], folder).wait()
+    run = Run([*argv, *SHORT], tmp_path_factory.mktemp("whole")).wait()
     assert run.status == 0, run.err
     return run
 
@@ -56,12 +46,12 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_never_killed(start, whol
     assert run.wait().status == -signal.SIGKILL
     resumed = start(*SHORT, "--resume_from_checkpoint", "last").wait()
     if "checkpoint-13/" in moment:  # the first checkpoint was never finished
-        assert resumed.status == 2 and "nothing to resume from" in resumed.said[0]
+        resumed.assert_one_line(2, "nothing to resume from")
         again = start(*SHORT).wait()
-        assert again.status == 2 and "no complete checkpoint" in again.said[0] and "another --output_dir" in again.said[0]
+        again.assert_one_line(2, "holds an earlier run", "remove the folder", "another --output_dir")
         return
     assert resumed.status == 0, resumed.err
-    assert_same_end(whole, resumed, ("results_rdrop", "results_rdrop"))
+    assert_same_end(whole, resumed)
 
 
 def test_half_written_checkpoint_is_passed_over_by_name(start, tmp_path):
@@ -76,7 +66,7 @@ def test_half_written_checkpoint_is_passed_over_by_name(start, tmp_path):
         assert "train_loss" not in run.json("train_results.json")
         kept.unlink()
     run = start("--resume_from_checkpoint", tmp_path / "results_rdrop" / "checkpoint-99").wait()
-    assert run.status == 2 and "no complete checkpoint" in run.said[0]
+    run.assert_one_line(2, "no complete checkpoint")
 
 
 def test_resume_from_a_path_goes_on_from_there(start, tmp_path):
@@ -87,16 +77,17 @@ def test_resume_from_a_path_goes_on_from_there(start, tmp_path):
     assert "'epoch': '1.04'" in run.out and "'epoch': '1'}" not in run.out
 
 
-def test_run_killed_after_it_stopped_early_does_not_train_on(start, tmp_path):
-    flags = ("--early_stopping_patience", "1", "--early_stopping_threshold", "0.9", "--num_train_epochs", "9")
+def test_run_that_stopped_early_is_resumed_with_its_patience_used_up(start, tmp_path):
+    flags = ("--early_stopping_patience", "2", "--early_stopping_threshold", "0.9", "--num_train_epochs", "9", *TINY)
     whole = start(*flags).wait()
-    assert whole.status == 0 and whole.json("trainer_state.json")["global_step"] == 50, whole.err
-    wanted = figures(whole)
+    assert whole.status == 0 and whole.json("trainer_state.json")["global_step"] == 12, whole.err
     for name in ("all_results.json", "model.safetensors"):
         (tmp_path / "results_rdrop" / name).unlink()
     resumed = start(*flags, "--resume_from_checkpoint", "last").wait()
-    assert resumed.status == 0, resumed.err
-    assert figures(resumed) == wanted and resumed.json("trainer_state.json")["global_step"] == 50
+    assert resumed.status == 0 and "eval_f1" in resumed.json("all_results.json"), resumed.err
+    state = resumed.json("trainer_state.json")
+    assert state["global_step"] <= 16, "one more epoch at the most"
+    assert state["max_steps"] == 36 and state["num_train_epochs"] == 9
 
 
 @pytest.mark.parametrize("flags", [(), ("--resume_from_checkpoint", "elsewhere/checkpoint-25")])
@@ -106,14 +97,23 @@ def test_folder_of_an_earlier_run_is_refused_untouched(start, tmp_path, flags):
     logs = list((tmp_path / "logs_rdrop").iterdir())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results_rdrop").rglob("*")}
     run = start("--num_train_epochs", "1", *flags).wait()
-    assert run.status == 2 and len(run.said) == 1 and "Traceback" not in run.err
-    assert "--resume_from_checkpoint last" in run.said[0] and "another --output_dir" in run.said[0]
+    run.assert_one_line(2, "--resume_from_checkpoint last", "remove the folder", "another --output_dir")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "results_rdrop").rglob("*")}
     assert logs == list((tmp_path / "logs_rdrop").iterdir())
 
 
+@pytest.mark.parametrize("file", ["arguments.json", "checkpoint-9/optimizer.pt", "model-00001-of-2.safetensors"])
+def test_folder_with_any_file_of_a_run_is_refused(start, tmp_path, file):
+    (tmp_path / "results_rdrop" / file).parent.mkdir(parents=True)
+    (tmp_path / "results_rdrop" / file).write_text("{}")
+    run = start().wait()
+    run.assert_one_line(2, "holds an earlier run", "remove the folder", "another --output_dir")
+    assert (tmp_path / "results_rdrop" / file).read_text() == "{}"
+
+
 def test_finished_run_resumed_under_another_name_keeps_the_best_model(start, tmp_path):
-    flags = ("--num_train_epochs", "2", "--metric_for_best_model", "loss", "--greater_is_better", "true")  # the first is best
+    first_is_best = ("--metric_for_best_model", "loss", "--greater_is_better", "true")
+    flags = ("--num_train_epochs", "2", *first_is_best)
     assert start(*flags).wait().status == 0
     best = (tmp_path / "results_rdrop" / "model.safetensors").read_bytes()
     assert best == (tmp_path / "results_rdrop" / "checkpoint-25" / "model.safetensors").read_bytes()
@@ -130,72 +130,159 @@ def test_results_cut_short_by_a_kill_are_written_anew(start, tmp_path):
     assert resumed.status == 0 and "eval_f1" in resumed.json("all_results.json"), resumed.err
 
 
-def test_two_runs_at_once_in_one_folder(start, tmp_path):
+def test_second_run_in_the_folder_of_one_at_work_is_refused(start, tmp_path):
     first = start(*SIX)
-    wait_for(lambda: (tmp_path / "results_rdrop" / "_run.lock").exists())
-    second = start(*SIX).wait()
-    assert second.status == 2 and "another run is writing" in second.said[0], second.err
+    wait_for(lambda: (tmp_path / "results_rdrop" / "arguments.json").exists())
+    start(*SIX).wait().assert_one_line(2, "holds an earlier run", "another --output_dir")
     first.process.kill()
     assert first.wait().status == -signal.SIGKILL
     shutil.rmtree(tmp_path / "results_rdrop")
     assert start("--num_train_epochs", "1").wait().status == 0
 
 
+def test_of_two_runs_started_together_in_one_folder_one_is_refused(start, tmp_path):
+    meet = (  # both have found the folder empty before either claims it
+        "import builtins, os, pathlib, time\n"
+        "def meet(file, mode='r', *args, real=open, **kwargs):\n"
+        "    if str(file).endswith('arguments.json') and mode != 'r':\n"
+        "        pathlib.Path(f'here{os.getpid()}').touch()\n"
+        "        while len(list(pathlib.Path().glob('here*'))) < 2: time.sleep(0.01)\n"
+        "    return real(file, mode, *args, **kwargs)\n"
+        "builtins.open = meet"
+    )
+    runs = [start("--num_train_epochs", "1", *TINY, prelude=meet) for _ in range(2)]
+    good, refused = sorted((run.wait() for run in runs), key=lambda run: run.status)
+    assert good.status == 0, good.err
+    refused.assert_one_line(2, "results_rdrop")
+
+
 def test_nothing_to_resume_from(start):
-    run = start("--resume_from_checkpoint", "last").wait()
-    assert run.status == 2 and "nothing to resume from" in run.said[0] and len(run.said) == 1
+    start("--resume_from_checkpoint", "last").wait().assert_one_line(2, "nothing to resume from")
 
 
-LONG = ("--num_train_epochs", "200", "--logging_steps", "5", "--early_stopping_patience", "0")
+KILL = "os.kill(os.getpid(), signal.SIGTERM)"
+MOMENTS = {  # prelude, checkpoint that the line must name
+    "loading data": (f"import datasets, os, signal; datasets.load_dataset = lambda *_: {KILL}", "No checkpoint"),
+    "first epoch": (on("on_step_begin", f"if state.global_step == 3: {KILL}"), "No checkpoint"),
+    "evaluation": (on("on_prediction_step", f"if state.global_step == 26: {KILL}"), "checkpoint-13"),
+    "final evaluation": (
+        on("on_prediction_step", f"if pathlib.Path(args.output_dir, 'train_results.json').exists(): {KILL}"),
+        "checkpoint-39",
+    ),
+}
 
 
-# Trainer waits 3 s after a SIGTERM, to see whether a SIGKILL follows
-HASTE = "from transformers.trainer_jit_checkpoint import CheckpointManager; CheckpointManager.__init__.__defaults__ = (0.2,)"
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigterm_ends_the_run_at_once_with_one_line(start, tmp_path, moment):
+    prelude, checkpoint = MOMENTS[moment]
+    run = start(*SHORT, prelude=prelude).wait()
+    run.assert_one_line(143, "stopped by SIGTERM", checkpoint)
+    if checkpoint == "No checkpoint":
+        assert not (tmp_path / "results_rdrop" / "arguments.json").exists(), "the folder is free again"
+    else:
+        assert "--resume_from_checkpoint last" in run.said[0]
 
 
-def assert_same_end(one, two, outputs):
-    figures_of = [{name: run.json("all_results.json", out)[name] for name in FIGURES} for run, out in zip((one, two), outputs)]
-    weights = [load_file(run.folder / out / "model.safetensors") for run, out in zip((one, two), outputs)]
-    assert figures_of[0] == figures_of[1]
-    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0] | weights[1])
+def test_sigterm_with_jit_checkpoint_is_no_worse_and_resumed_it_ends_as_if_never_stopped(start, whole, tmp_path):
+    prelude = on("on_step_begin", f"if state.global_step == 20: {KILL}")
+    run = start(*SHORT, "--enable_jit_checkpoint", prelude=prelude).wait()
+    run.assert_one_line(143, "stopped by SIGTERM", "--resume_from_checkpoint last", "checkpoint-13")
+    assert {path.name for path in (tmp_path / "results_rdrop").iterdir()} == {"arguments.json", "checkpoint-13"}
+    resumed = start(*SHORT, "--resume_from_checkpoint", "last").wait()
+    assert resumed.status == 0, resumed.err
+    assert_same_end(whole, resumed)
 
 
-def test_sigterm_saves_and_stops_and_resumed_it_ends_as_if_never_stopped(start, tmp_path):
-    whole = start(*SIX, "--output_dir", "whole")
-    run = start(*SIX, "--enable_jit_checkpoint", prelude=HASTE)
-    wait_for(lambda: (tmp_path / "results_rdrop" / "checkpoint-25" / "trainer_state.json").exists())
-    run.process.terminate()
-    assert run.wait().status == 143, run.err
-    assert len(run.said) == 1 and "--resume_from_checkpoint last" in run.said[0] and "Traceback" not in run.err
-    names = {path.name for path in (tmp_path / "results_rdrop").iterdir()} - {"_run.lock"}
-    assert all(name.startswith("checkpoint-") for name in names), "it went on to the final model or its figures"
-    saved = Path(run.said[0].split()[-1].rstrip(".")).name
-    step = run.json(f"{saved}/trainer_state.json")["global_step"]
-    assert 25 < step < 150 and not (tmp_path / "results_rdrop" / saved / "checkpoint-is-incomplete.txt").exists()
-    assert [e for e in run.json(f"{saved}/trainer_state.json")["log_history"] if "eval_f1" in e][-1]["step"] % 25 == 0
-    resumed = start(*SIX, "--resume_from_checkpoint", "last").wait()
-    assert whole.wait().status == resumed.status == 0, resumed.err
-    assert_same_end(whole, resumed, ("whole", "results_rdrop"))
-
-
-def test_ctrl_c_ends_in_one_line(start, tmp_path):
+def test_ctrl_c_ends_in_one_line(start):
     run = start(*LONG)
-    wait_for(lambda: "'loss'" in run.out if Path(f"{run.log}.out").exists() else False)
+    wait_for(lambda: "'loss'" in run.out)
     os.kill(run.process.pid, signal.SIGINT)
-    assert run.wait().status == 130, run.err
-    assert len(run.said) == 1 and run.said[0].startswith("train_rdrop.py: interrupted.") and "Traceback" not in run.err
+    run.wait().assert_one_line(130, "train_rdrop.py: interrupted.")
 
 
-@pytest.mark.parametrize("flags, what", [
-    (("--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"), "logits of the evaluation are not finite after step 2"),
-    (("--eval_strategy", "no", "--load_best_model_at_end", "false", "--save_steps", "1"), "loss of step 3 is not finite"),
-    (("--eval_strategy", "no", "--load_best_model_at_end", "false", "--save_steps", "9", "--max_steps", "4"), "loss of step 3 is not finite"),
-])
-def test_loss_that_is_not_finite_stops_the_run(start, tmp_path, flags, what):
+def test_signals_to_the_process_group_end_data_loader_workers_too(argv, tmp_path):
+    ends, outputs = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "stopped by SIGTERM")}, {}
+    command = [sys.executable, SCRIPT, *argv, *LONG, "--dataloader_num_workers", "2"]
+    for number in ends:
+        folder = tmp_path / number.name
+        folder.mkdir()
+        with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+            run = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, start_new_session=True)
+        outputs[number] = (folder, run)
+    try:
+        for number, (folder, run) in outputs.items():
+            wait_for(lambda out=folder / "out": "'loss'" in out.read_text(), 120)
+            os.killpg(run.pid, number)
+        for number, (folder, run) in outputs.items():
+            status, words = ends[number]
+            err = (folder / "err").read_text() if run.wait(30) is not None else ""
+            assert run.returncode == status and len(said(err)) == 1 and words in said(err)[0], err
+            noise = [line for line in err.splitlines() if not re.search(r"\d+/\d+ \[|^train_rdrop.py: |^\s*$", line)]
+            assert noise == []
+    finally:
+        for _, run in outputs.values():
+            run.kill()
+
+
+def test_data_loader_workers_give_the_same_weights(start, whole):
+    run = start(*SHORT, "--dataloader_num_workers", "2").wait()
+    assert run.status == 0 and "fork" not in run.err, run.err
+    assert_same_end(whole, run)
+
+
+STEPS = ("--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1")
+BROKEN = "the logits of the evaluation are not finite"
+DIVERGED = {
+    "evaluated each step": (STEPS, BROKEN, ["checkpoint-1"]),
+    "saved each step": ((*NO_EVAL, *STEPS[4:]), "the loss is not finite", ["checkpoint-1", "checkpoint-2"]),
+    "saved at the end": ((*NO_EVAL, *STEPS[4:7], "9", "--max_steps", "4"), "the loss is not finite", []),
+    "logged": ((*NO_EVAL, "--logging_steps", "1"), "the loss is not finite", []),
+    "seen at the end": ((*NO_EVAL, "--save_strategy", "no", "--num_train_epochs", "1"), BROKEN, ["train_results.json"]),
+}
+
+
+@pytest.mark.parametrize("how", DIVERGED)
+def test_loss_that_is_not_finite_stops_the_run(start, tmp_path, how):
+    flags, words, saved = DIVERGED[how]
     # the warmup gives the first step learning rate 0, the second one that breaks the model
-    run = start("--learning_rate", "1e32", "--save_strategy", "steps", "--save_total_limit", "9", "--max_grad_norm", "0", *flags).wait()
-    assert run.status == 1, run.err
-    assert len(run.said) == 1 and what in run.said[0] and "Traceback" not in run.err
-    saved = {path.name for path in (tmp_path / "results_rdrop").iterdir()}
-    assert not (saved - {"checkpoint-1", "checkpoint-2", "_run.lock"}), "nothing is saved after the loss was seen, nor a final model"
-    assert "checkpoint-1" in saved or "9" in flags
+    flags = ("--learning_rate", "1e32", "--max_grad_norm", "0", "--save_total_limit", "9", *TINY, *flags)
+    run = start(*flags).wait()
+    run.assert_one_line(1, words, "the training has diverged", "Start anew with a lower --learning_rate")
+    assert "--resume" not in run.said[0], "a resumed run keeps the learning rate"
+    left = {path.name for path in (tmp_path / "results_rdrop").iterdir()} - {"arguments.json"}
+    assert sorted(left) == saved, "nothing is saved after the loss was seen, nor a final model"
+
+
+def test_out_of_gpu_memory_ends_in_one_line_and_leaves_the_folder_free(start, tmp_path):
+    prelude = on("on_step_begin", "if state.global_step == 1: raise torch.OutOfMemoryError('CUDA out of memory.')")
+    run = start("--num_train_epochs", "1", *TINY, prelude=prelude).wait()
+    run.assert_one_line(1, "out of GPU memory", "--per_device_train_batch_size", "--gradient_accumulation_steps")
+    flags = re.findall(r"--(\w+)", run.said[0])
+    assert set(flags) <= RDropArguments.__dataclass_fields__.keys() and any("checkpointing" in flag for flag in flags)
+    assert list((tmp_path / "results_rdrop").iterdir()) == []
+    again = start("--num_train_epochs", "1", *TINY, "--activation_checkpointing").wait()
+    assert again.status == 0, again.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "RuntimeError('[enforce fail at inline_container.cc:664] . unexpected pos 192 vs 86')",
+        "OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))",
+    ],
+)
+def test_disk_that_is_full_ends_in_one_line(start, error):
+    prelude = (
+        "import errno, os, torch\n"
+        "def save(*args, real=torch.save, **kwargs):\n"
+        f"    if os.path.exists('results_rdrop/checkpoint-8'): raise {error}\n"
+        "    real(*args, **kwargs)\n"
+        "torch.save = save"
+    )
+    run = start("--num_train_epochs", "2", *TINY, prelude=prelude).wait()
+    run.assert_one_line(1, "the disk is full", "--resume_from_checkpoint last", "checkpoint-4")
+
+
+def test_error_in_training_that_is_none_of_the_users_keeps_its_traceback(start):
+    run = start(*TINY, prelude=on("on_step_begin", "if state.global_step == 1: raise RuntimeError('a bug')")).wait()
+    assert run.status == 1 and "Traceback" in run.err and "RuntimeError: a bug" in run.err and not run.said

@@ -1,16 +1,18 @@
-"""Several processes: two on the CPU, with gloo, stand in for two GPUs."""
+"""Several processes: two on the CPU, with gloo, stand in for two GPUs, or for two machines with one each."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 import tiny_imdb
-from conftest import SCRIPT, scalars
-from test_interruption import HASTE
+from conftest import SCRIPT, on, scalars, wait_for
 from safetensors.torch import load_file
 
 DDP = ("--ddp_backend", "gloo")
+TINY = ("--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "2")  # 2 steps an epoch
 
 
 def free_port():
@@ -20,73 +22,123 @@ def free_port():
 
 
 @pytest.fixture
-def start_two(start):
-    """`start_two(*flags)` starts two processes of one run with the environment that torchrun gives them."""
+def start_two(start, tmp_path):
+    """`start_two(*flags)` starts both processes of one run with the environment that torchrun gives them.
 
-    def start_two(*flags, **kwargs):
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        runs = [start(*flags, *DDP, env={**env, "RANK": rank, "LOCAL_RANK": rank}, **kwargs) for rank in "01"]
-        return [run.wait() for run in runs]
+    With `folders`, each is on a machine of its own, and starts in its folder.
+    """
+
+    def start_two(*flags, folders=None, **kwargs):
+        size = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1" if folders else "2"}
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **size}
+        runs = []
+        for rank, folder in zip("01", folders or (tmp_path, tmp_path), strict=True):
+            place = {"RANK": rank, "LOCAL_RANK": "0" if folders else rank}
+            runs.append(start(*flags, *DDP, env={**env, **place}, folder=folder, **kwargs))
+        return runs
 
     return start_two
 
 
+def wait_for_both(runs):
+    runs = [run.wait() for run in runs]
+    assert [run.status for run in runs] == [0, 0], runs[0].err + runs[1].err
+    return runs
+
+
 def test_two_processes_train_the_model_of_one_with_twice_the_batch(start, start_two, tmp_path):
     tiny_imdb.write_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    flags = ("--model_name_or_path", "model", "--num_train_epochs", "2", "--logging_steps", "5", "--max_grad_norm", "0.05", "--max_eval_samples", "37")
-    one = start(*flags, "--per_device_train_batch_size", "16", "--output_dir", "one", "--logging_dir", "logs_one").wait()
+    flags = ("--model_name_or_path", "model", "--num_train_epochs", "2", "--logging_steps", "5")
+    flags += ("--max_grad_norm", "0.05", "--max_eval_samples", "37", "--per_device_train_batch_size")
+    one = start(*flags, "16", "--output_dir", "one").wait()
     assert one.status == 0, one.err
-    two = start_two(*flags, "--per_device_train_batch_size", "8", "--output_dir", "two", "--logging_dir", "logs_two")
-    assert [run.status for run in two] == [0, 0], two[0].err + two[1].err
+    two = wait_for_both(start_two(*flags, "8", "--output_dir", "two"))
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         assert weights[0][name].allclose(weights[1][name], rtol=1e-3, atol=1e-5), name
     logs = [run.json("trainer_state.json", name)["log_history"] for run, name in ((one, "one"), (two[0], "two"))]
+    compared = {"loss", "ce", "kl", "grad_norm", "learning_rate", "eval_loss", "eval_f1", "eval_auc"}
     for ours, theirs in zip(*logs, strict=True):
         assert ours.keys() == theirs.keys()
-        for key in ours.keys() & {"loss", "ce", "kl", "grad_norm", "learning_rate", "eval_loss", "eval_f1", "eval_auc"}:
+        for key in ours.keys() & compared:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), (key, ours, theirs)
 
 
+def test_evaluation_of_two_processes_is_that_of_one(start, start_two):
+    # 37 examples do not fill the batches of two processes: what fills them up must not count
+    flags = ("--learning_rate", "0", "--max_train_samples", "32", "--num_train_epochs", "1", "--max_eval_samples", "37")
+    one, two = start(*flags, "--output_dir", "one"), start_two(*flags, "--output_dir", "two")
+    assert one.wait().status == 0, one.err
+    wait_for_both(two)
+    figures = [run.json("all_results.json", name) for run, name in ((one, "one"), (two[0], "two"))]
+    for name in ("eval_accuracy", "eval_f1", "eval_auc"):
+        assert figures[0][name] == figures[1][name], name
+    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-6)  # but for rounding
+
+
 def test_two_processes_write_log_and_speak_once(start_two, tmp_path):
-    runs = start_two("--num_train_epochs", "2", "--logging_steps", "5", "--max_eval_samples", "37")
-    assert [run.status for run in runs] == [0, 0], runs[0].err + runs[1].err
-    assert "Test split:" in runs[0].out and runs[1].out == ""
+    rare = ("--max_eval_samples", "36")  # not in the cache of tokens
+    runs = wait_for_both(start_two("--num_train_epochs", "2", "--logging_steps", "5", *rare))
+    assert runs[1].out == ""
+    for line in (
+        "train: 400 of 400 rows, {'neg': 200, 'pos': 200}",
+        "test: 36 of 100 rows, {",
+        "F1 and AUC of pos; ",
+        "effective batch 32, steps 0 to 26",
+        "Test split: accuracy ",
+    ):
+        assert sum(said.startswith(line) for said in runs[0].out.splitlines()) == 1, (line, runs[0].out)
     assert "unused parameters" not in runs[0].err + runs[1].err
     assert "Tokenizing" in runs[0].err and "Tokenizing" not in runs[1].err
     (folder,) = (tmp_path / "logs_rdrop").iterdir()
     logged = scalars(folder)
     for (_, loss), (_, ce), (_, kl) in zip(logged["train/loss"], logged["train/ce"], logged["train/kl"], strict=True):
         assert loss == pytest.approx(ce + 5.0 * kl, rel=1e-4)
-    resumed = start_two("--num_train_epochs", "3", "--resume_from_checkpoint", "last")
-    assert [run.status for run in resumed] == [0, 0], resumed[0].err + resumed[1].err
+    runs = wait_for_both(start_two("--num_train_epochs", "3", *rare, "--resume_from_checkpoint", "last"))
+    assert "effective batch 32, steps 26 to 39" in runs[0].out and runs[1].out == ""
 
 
-def test_sigterm_stops_two_processes_after_the_same_step(start_two, start, tmp_path):
-    flags = ("--num_train_epochs", "60", "--early_stopping_patience", "0", "--enable_jit_checkpoint")
-    stop = "import os, signal, threading; threading.Timer(DELAY, os.kill, (os.getpid(), signal.SIGTERM)).start()"
-    at_first_log = (
-        "from transformers import TrainerCallback, trainer; " + HASTE + "\n"
-        "class Stop(TrainerCallback):\n"
-        "    def on_log(self, args, state, control, **kwargs):\n"
-        "        " + stop.replace("DELAY", "0.1 * args.process_index") + "\n"
-        "trainer.DEFAULT_CALLBACKS.append(Stop)"
-    )
-    runs = start_two(*flags, "--max_steps", "400", "--logging_steps", "5", prelude=at_first_log)
-    assert [run.status for run in runs] == [143, 143], runs[0].err + runs[1].err
-    (complete,) = [path for path in (tmp_path / "results_rdrop").iterdir() if (path / "trainer_state.json").exists() and path.name in runs[0].said[0]]
-    assert (complete / "rng_state_0.pth").exists() and (complete / "rng_state_1.pth").exists()
+@pytest.mark.parametrize("flags", [(), ("--enable_jit_checkpoint",)])
+def test_sigterm_ends_both_processes_at_once_with_one_line(start_two, tmp_path, flags):
+    runs = start_two(*flags, "--num_train_epochs", "200", "--early_stopping_patience", "0", "--logging_steps", "2")
+    wait_for(lambda: (tmp_path / "results_rdrop" / "checkpoint-13" / "trainer_state.json").exists())
+    for run in runs:
+        os.kill(run.process.pid, signal.SIGTERM)
+    first, second = (run.wait() for run in runs)
+    assert second.status == 143 and second.said == [] and "Traceback" not in second.err, second.err
+    first.assert_one_line(143, "stopped by SIGTERM", "--resume_from_checkpoint last", "results_rdrop/checkpoint-")
 
 
-def test_no_buffers_are_broadcast_between_the_passes(start_two, tmp_path):
+def test_machines_that_do_not_share_the_output_folder_end_in_one_line(start_two, tmp_path):
+    folders = [tmp_path / "machine0", tmp_path / "machine1"]
+    for folder in folders:
+        folder.mkdir()
+    first, second = (run.wait() for run in start_two(*TINY, folders=folders))
+    second.assert_one_line(2, "--output_dir ./results_rdrop must be a folder that all machines share")
+    first.assert_one_line(2, "Connection closed by peer")  # as long as no launcher ends it
+    assert not list(tmp_path.glob("*/results_rdrop/*"))
+
+
+def test_best_checkpoint_that_is_lost_ends_both_processes_with_one_line(start_two):
+    first_is_best = ("--metric_for_best_model", "loss", "--greater_is_better", "true")
+    lose = "pathlib.Path(args.output_dir, 'checkpoint-2', 'model.safetensors').unlink()"
+    prelude = on("on_step_end", f"if state.global_step == 3 and args.process_index == 0: {lose}")
+    first, second = (run.wait() for run in start_two(*TINY, *first_is_best, prelude=prelude))
+    first.assert_one_line(1, "the best checkpoint, results_rdrop/checkpoint-2, holds no model")
+    assert second.status == 1 and second.said == [] and "Traceback" not in second.err, second.err
+
+
+def test_no_buffers_are_broadcast_between_the_passes(start_two):
     prelude = (
-        "import torch.nn.parallel.distributed as ddp; "
-        "ddp.DistributedDataParallel._sync_buffers = lambda self: print('BUFFERS', self.forward_sync_buffers); "
-        "init = ddp.DistributedDataParallel.__init__; "
-        "ddp.DistributedDataParallel.__init__ = lambda self, *args, **kwargs: print('DDP', kwargs) or init(self, *args, **kwargs)"
+        "import torch.nn.parallel.distributed as ddp\n"
+        "def init(self, *args, real=ddp.DistributedDataParallel.__init__, **kwargs):\n"
+        "    print('DDP', kwargs)\n"
+        "    real(self, *args, **kwargs)\n"
+        "ddp.DistributedDataParallel.__init__ = init\n"
+        "ddp.DistributedDataParallel._sync_buffers = lambda self: print('BUFFERS', self.forward_sync_buffers)"
     )
-    runs = start_two("--max_steps", "2", "--eval_strategy", "no", "--load_best_model_at_end", "false", prelude=prelude)
-    assert [run.status for run in runs] == [0, 0], runs[0].err
+    without_evaluation = ("--eval_strategy", "no", "--load_best_model_at_end", "false")
+    runs = wait_for_both(start_two("--max_steps", "2", *without_evaluation, prelude=prelude))
     assert all("DDP" in run.out and "BUFFERS" not in run.out for run in runs)
     assert all("find_unused_parameters': True" not in run.out for run in runs)
 
@@ -94,16 +146,20 @@ def test_no_buffers_are_broadcast_between_the_passes(start_two, tmp_path):
 @pytest.fixture(scope="module", autouse=True)
 def launched(tiny, tmp_path_factory):
     """Real launchers, in the background while the other tests run: {"torchrun" (bad data), "accelerate"}."""
-    flags = f"--model_name_or_path {tiny / 'model'} --use_cpu --ddp_backend gloo --num_train_epochs 1 --dataset_name".split()
+    flags = ("--model_name_or_path", tiny / "model", "--use_cpu", *DDP, "--num_train_epochs", "1", "--dataset_name")
     bad = tmp_path_factory.mktemp("bad")
     for name in ("train.csv", "test.csv"):
-        (bad / name).write_text("text,label\na film,0\n,1\n")
-    one_machine = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+        (bad / name).write_text("text,label\na film,0\nanother film,0\n")
+    one_machine = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    accelerate = ("accelerate.commands.launch", "--main_process_port", free_port(), *one_machine)
+    accelerate += ("--mixed_precision", "no", "--dynamo_backend", "no")
     commands = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, *flags, bad, "--output_dir", "bad"],
-        "accelerate": ["accelerate.commands.launch", "--main_process_port", free_port(), *one_machine.split(), SCRIPT, *flags, tiny / "data", "--output_dir", "good"],
+        "torchrun": [*torchrun, SCRIPT, *flags, bad, "--output_dir", "bad"],
+        "accelerate": [*accelerate, SCRIPT, *flags, tiny / "data", "--output_dir", "good"],
     }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path_factory.mktemp("launched")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["cwd"] = tmp_path_factory.mktemp("launched")
     started = {name: subprocess.Popen([sys.executable, "-m", *map(str, c)], **pipes) for name, c in commands.items()}
     yield started
     for run in started.values():
@@ -112,7 +168,8 @@ def launched(tiny, tmp_path_factory):
 
 def test_bad_data_ends_all_processes_with_one_line(launched):
     _, err = launched["torchrun"].communicate()
-    assert launched["torchrun"].returncode != 0 and err.count("train_rdrop.py: split 'train': 1 of 2 rows") == 1, err
+    assert launched["torchrun"].returncode != 0 and err.count("train_rdrop.py: ") == 1, err
+    assert err.count("train_rdrop.py: split 'train' has one label only, {'0'}: there is nothing to learn") == 1, err
     assert "exitcode: 2" in err or "exitcode  : 2" in err, err
 
 

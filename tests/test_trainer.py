@@ -1,5 +1,8 @@
 """RDropTrainer and compute_metrics from the inside: passes counted, losses compared, logs recomputed."""
 
+from functools import partial
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +10,18 @@ from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainerCallback
 
-from train_rdrop import RDropArguments, RDropLoss, RDropTrainer, compute_metrics
+import train_rdrop
+from train_rdrop import RDropArguments, RDropLoss, RDropTrainer
+
+LOSS = RDropLoss(5.0, 0.1)
+compute_metrics = partial(train_rdrop.compute_metrics, loss=LOSS)
 
 
 @pytest.fixture
 def build(tiny, tmp_path):
     """`build(dropout, rows, alpha=..., **arguments)` makes a trainer of the tiny model; `.calls` counts its passes."""
 
-    def build(dropout=0.1, rows=32, length=None, alpha=5.0, label_smoothing=0.1, **arguments):
+    def build(dropout=0.1, rows=32, length=None, alpha=5.0, **arguments):
         model = AutoModelForSequenceClassification.from_pretrained(
             tiny / "model", hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
         )
@@ -29,7 +36,8 @@ def build(tiny, tmp_path):
             }
         )
         defaults = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "save_strategy": "no"}
-        defaults |= {"eval_strategy": "no", "load_best_model_at_end": False, "disable_tqdm": True, "learning_rate": 1e-3}
+        defaults |= {"eval_strategy": "no", "load_best_model_at_end": False, "disable_tqdm": True}
+        defaults |= {"learning_rate": 1e-3}
         trainer = RDropTrainer(
             model=model,
             args=RDropArguments(**defaults | arguments),
@@ -38,10 +46,9 @@ def build(tiny, tmp_path):
             data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(tiny / "model")),
             compute_metrics=compute_metrics,
             alpha=alpha,
-            label_smoothing=label_smoothing,
         )
         trainer.calls = []
-        model.register_forward_hook(lambda module, inputs, output: trainer.calls.append((module.training, output.logits)))
+        model.register_forward_hook(lambda module, _, output: trainer.calls.append((module.training, output.logits)))
         return trainer
 
     return build
@@ -53,7 +60,8 @@ def test_passes_of_training_and_evaluation(build, alpha, passes):
     trainer.train()
     assert [training for training, _ in trainer.calls] == [True] * 3 * passes
     if passes == 2:
-        assert all(not torch.equal(a, b) for (_, a), (_, b) in zip(trainer.calls[::2], trainer.calls[1::2]))
+        pairs = zip(trainer.calls[::2], trainer.calls[1::2], strict=True)
+        assert all(not torch.equal(a, b) for (_, a), (_, b) in pairs)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(("kl" in entry) == (alpha > 0) and "ce" in entry for entry in logs) and len(logs) == 3
     trainer.calls.clear()
@@ -66,7 +74,7 @@ def test_evaluation_loss_is_that_of_two_passes(build):
     loss = trainer.evaluate()["eval_loss"]
     logits = torch.cat([logits for _, logits in trainer.calls])
     labels = torch.tensor(trainer.eval_dataset["labels"][:])
-    assert loss == pytest.approx(RDropLoss(5.0, 0.1)(logits, logits, labels).item(), rel=1e-6)
+    assert loss == pytest.approx(RDropLoss(5.0, 0.1)(logits, logits, labels)[0].item(), rel=1e-6)
 
 
 def test_plain_baseline_is_cross_entropy(build):
@@ -101,19 +109,15 @@ def test_gradient_accumulation_gives_the_loss_and_gradient_of_one_batch(build):
 
 
 def test_log_holds_the_means_since_the_last_log(build):
-    trainer = build(rows=40, num_train_epochs=2, logging_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=3)
-    parts, original = [], trainer.rdrop_loss.parts
-
-    def record(z1, z2, labels):
-        parts.append([part.item() for part in original(z1, z2, labels)])
-        return original(z1, z2, labels)
-
-    trainer.rdrop_loss.parts = record
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    trainer = build(rows=40, num_train_epochs=2, logging_steps=2, **batches)
+    parts = []
+    trainer.rdrop_loss.register_forward_hook(lambda *call: parts.append([part.item() for part in call[-1][1:]]))
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     # 10 batches an epoch: steps of 3, 3, 3 and 1 batches
     bounds = [0, 3, 6, 9, 10, 13, 16, 19, 20]
-    steps = np.array([np.mean(parts[a:b], axis=0) for a, b in zip(bounds, bounds[1:])])
+    steps = np.array([np.mean(parts[a:b], axis=0) for a, b in pairwise(bounds)])
     for entry, (ce, kl) in zip(logs, (steps[0::2] + steps[1::2]) / 2, strict=True):
         assert (entry["ce"], entry["kl"]) == (pytest.approx(ce, rel=1e-5), pytest.approx(kl, rel=1e-4))
         assert entry["loss"] == pytest.approx(ce + 5.0 * kl, rel=1e-5)
@@ -134,11 +138,11 @@ def test_a_step_reads_no_value_back_from_the_device(build, monkeypatch):
     trainer.compute_loss(model, batch)
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_evaluation_keeps_the_order_of_its_data(build, strategy):
-    trainer = build(rows=21, train_sampling_strategy=strategy)
+def test_evaluation_keeps_the_order_of_its_data(build):
+    trainer = build(rows=21)
     order = trainer.eval_dataset["length"][:]
-    assert [batch["attention_mask"].sum(1).tolist() for batch in trainer.get_eval_dataloader()] == [order[:16], order[16:]]
+    batches = [batch["attention_mask"].sum(1).tolist() for batch in trainer.get_eval_dataloader()]
+    assert batches == [order[:16], order[16:]]
 
 
 def test_metrics_of_two_classes():
@@ -149,6 +153,9 @@ def test_metrics_of_two_classes():
     assert metrics["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     # of the 6 pairs (negative, positive), those in which the positive one is ranked higher
     assert metrics["auc"] == pytest.approx(4 / 6)
+    turned = compute_metrics((logits, labels), positive=0)
+    assert turned["f1"] == pytest.approx(2 * 1 / (2 * 1 + 1 + 1)) and turned["auc"] == pytest.approx(4 / 6)
+    assert turned["accuracy"] == metrics["accuracy"] and turned["loss"] == metrics["loss"]
 
 
 def test_metrics_of_more_classes():
@@ -158,17 +165,18 @@ def test_metrics_of_more_classes():
     metrics = compute_metrics((logits, labels))
     assert metrics["auc"] == pytest.approx(np.mean([roc_auc_score(labels == c, p[:, c]) for c in range(3)]))
     predicted = logits.argmax(axis=1)
-    f1 = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum()) for c in range(3)]
+    hits = [((predicted == c) & (labels == c)).sum() for c in range(3)]
+    f1 = [2 * hits[c] / ((predicted == c).sum() + (labels == c).sum()) for c in range(3)]
     assert metrics["f1"] == pytest.approx(np.mean(f1))
+    assert metrics["loss"] == pytest.approx(LOSS(*2 * [torch.from_numpy(logits)], torch.from_numpy(labels))[0].item())
 
 
 def test_auc_is_left_out_where_it_is_undefined(monkeypatch):
-    import train_rdrop
-
     warned = []
     monkeypatch.setattr(train_rdrop.logger, "warning", lambda message, *args: warned.append(message % args))
     metrics = compute_metrics((np.array([[2.0, -1], [0.5, 1]]), np.array([1, 1])))
-    assert metrics.keys() == {"accuracy", "f1"} and "AUC is undefined" in warned[0] and "class 0" in warned[0]
+    assert metrics.keys() == {"loss", "accuracy", "f1"}
+    assert warned == ["AUC is undefined and left out: some class has no example."]
 
 
 def test_metrics_refuse_logits_that_are_not_finite():

@@ -17,10 +17,11 @@ from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import ByteLevelBPETokenizer
 from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizer
 
-NEUTRAL = "the film this movie a story plot actor scene it was and of with in an old new long short music camera".split()
+NEUTRAL = ["the", "film", "this", "movie", "a", "story", "plot", "actor", "scene", "it", "was", "and", "of", "with"]
+NEUTRAL += ["in", "an", "old", "new", "long", "short", "music", "camera"]
 OPINION = (
-    "awful dull terrible boring wretched tedious".split(),
-    "wonderful great superb moving brilliant delightful".split(),
+    ["awful", "dull", "terrible", "boring", "wretched", "tedious"],
+    ["wonderful", "great", "superb", "moving", "brilliant", "delightful"],
 )
 
 
@@ -58,9 +59,9 @@ def write_model(folder, **settings):
     """Write tokenizer and model into `folder`; `settings` replace those of `RobertaConfig`."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
-    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, type_vocab_size=1)
-    special = dict(bos_token_id=0, pad_token_id=1, eos_token_id=2)
-    config = RobertaConfig(**shape, **special, vocab_size=len(tokenizer), max_position_embeddings=66)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    shape |= {"vocab_size": len(tokenizer), "type_vocab_size": 1, "max_position_embeddings": 66}
+    config = RobertaConfig(**shape, bos_token_id=0, pad_token_id=1, eos_token_id=2)
     config.update(settings)
     torch.manual_seed(0)
     RobertaForSequenceClassification(config).save_pretrained(folder)

@@ -1,0 +1,249 @@
+"""Does R-Drop help? Train several arms over several seeds with train_rdrop.py, and compare them seed by seed.
+
+    python tests/arms.py --seeds 42 43 44 45 46 --jobs 2 --dataset_name FOLDER_OR_HUB_ID --validation_fraction 0.1
+
+Its own flags are below; every other flag goes to train_rdrop.py as it is. Each finished run becomes a line of the CSV
+file: the same command goes on where it was stopped and, once all runs are there, prints the tables without running
+anything. Runs of one seed share reviews, split and initial head, so differences between arms are taken seed by seed.
+Pytest does not collect this file.
+
+Arms: ce, smooth, rdrop, both (alpha 0 or 5, label smoothing 0 or 0.1), smooth_twice (smoothing, twice the epochs: the
+cost of both), two_pass (smoothing, alpha 1e-9: its KL shows how much the passes of the plain model disagree), alpha=A
+(smoothing and that alpha). No arm stops early; the best epoch is chosen as the flags say.
+"""
+
+import argparse
+import csv
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_rdrop.py"
+ARMS = {
+    "ce": ["--rdrop_alpha", "0", "--label_smoothing_factor", "0"],
+    "smooth": ["--rdrop_alpha", "0", "--label_smoothing_factor", "0.1"],
+    "rdrop": ["--rdrop_alpha", "5", "--label_smoothing_factor", "0"],
+    "both": ["--rdrop_alpha", "5", "--label_smoothing_factor", "0.1"],
+    "smooth_twice": ["--rdrop_alpha", "0", "--label_smoothing_factor", "0.1"],
+    "two_pass": ["--rdrop_alpha", "1e-9", "--label_smoothing_factor", "0.1"],
+}
+PAIRS = [("both", "ce"), ("both", "smooth"), ("both", "smooth_twice"), ("rdrop", "ce"), ("smooth", "ce")]
+PAIRS += [("two_pass", "smooth"), ("smooth_twice", "smooth")]
+FIGURES = ["accuracy", "f1", "auc", "eval_loss", "train_nll", "test_nll", "gap"]
+COLUMNS = ["arm", "seed", "flags", *FIGURES[:-1], "best_epoch", "kl", "train_seconds", "cpu_seconds", "machine"]
+
+
+def arm_flags(arm, epochs):
+    """The flags of train_rdrop.py that make `arm`, where the others train for `epochs`."""
+    flags = ARMS.get(arm) or ["--rdrop_alpha", str(float(arm.removeprefix("alpha="))), *ARMS["smooth"][2:]]
+    return [*flags, "--num_train_epochs", str(2 * epochs if arm == "smooth_twice" else epochs)]
+
+
+def name_of(flags):
+    """`flags` as the CSV file keeps them: of folders and Hub ids the last part, as other machines have other paths."""
+    return " ".join(flag.rstrip("/").rsplit("/", 1)[-1] for flag in flags)
+
+
+def set_up_worker(devices):
+    """Give the process one thread on a CPU, or one of several GPUs, before torch is imported."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    device = devices.get()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+
+
+def train_once(arm, seed, flags, epochs):
+    """Train and measure `arm` with `seed`; returns a line of the CSV file."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = [*arm_flags(arm, epochs), "--seed", str(seed), "--early_stopping_patience", "0", "--output_dir", folder]
+        argv = [*flags, *own, "--report_to", "none", "--logging_strategy", "epoch", "--save_total_limit", "1"]
+        argv += ["--disable_tqdm", "true"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run = subprocess.run([sys.executable, SCRIPT, *argv], capture_output=True, text=True, check=False)
+        if run.returncode != 0:
+            raise RuntimeError(f"{arm}, seed {seed} ended with status {run.returncode}: {run.stderr[-2000:]}")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        results = json.loads(Path(folder, "all_results.json").read_text())
+        state = json.loads(Path(folder, "trainer_state.json").read_text())
+        steps = state["max_steps"] / state["num_train_epochs"]
+        prefix = "test" if "test_f1" in results else "eval"
+        line = {"arm": arm, "seed": seed, "flags": name_of(flags)}
+        line |= {name: results[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc")}
+        line["eval_loss"] = results[f"{prefix}_loss"]
+        line["train_nll"], line["test_nll"] = nlls([*argv, "--model_name_or_path", folder])
+        line["best_epoch"] = round(state["best_global_step"] / steps)
+        line["kl"] = " ".join(f"{entry['kl']:.3g}" for entry in state["log_history"] if "kl" in entry)
+        line["train_seconds"] = results["train_runtime"]
+        line["cpu_seconds"] = round(sum(after[:2]) - sum(before[:2]), 1)
+        line["machine"] = machine()
+        return line
+
+
+def nlls(argv):
+    """Unsmoothed negative log-likelihood, dropout off, of the training and of the test examples of a run: two means."""
+    import torch
+    from transformers import DataCollatorWithPadding, Trainer
+
+    sys.path.insert(0, str(SCRIPT.parent))
+    from train_rdrop import load_model, load_splits, parse_args, tokenize
+
+    args = parse_args(argv)
+    splits = load_splits(args)
+    tokenizer, model = load_model(args, splits["train"].features["labels"].names)
+    data = tokenize(splits, tokenizer, args)
+    trainer = Trainer(model, args, DataCollatorWithPadding(tokenizer), eval_dataset=data["test"])
+    means = []
+    for split in ("train", "test"):
+        output = trainer.predict(data[split])
+        logits, labels = torch.from_numpy(output.predictions).double(), torch.from_numpy(output.label_ids)
+        means.append(torch.nn.functional.cross_entropy(logits, labels).item())
+    return means
+
+
+def machine():
+    """Processor or GPU, and the versions that figures depend on."""
+    import torch
+    import transformers
+
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (names or [platform.processor()])[0]
+    return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def read(file, flags):
+    """The finished runs with these `flags`: {(arm, seed): line}, figures as numbers."""
+    found = {}
+    if file.exists():
+        with open(file, newline="") as lines:
+            for line in csv.DictReader(lines):
+                if line["flags"] == name_of(flags):
+                    figures = {name: float(line[name]) for name in COLUMNS[3:9] + COLUMNS[11:13]}
+                    gap = figures["test_nll"] - figures["train_nll"]
+                    found[line["arm"], int(line["seed"])] = {**line, **figures, "gap": gap}
+    return found
+
+
+def keep(file, line):
+    """Append `line` to the CSV file."""
+    new = not file.exists()
+    with open(file, "a", newline="") as lines:
+        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in line.items()})
+
+
+def run_all(todo, options, flags, epochs):
+    """Run what is missing, `--jobs` at a time, and keep each line as it comes."""
+    import torch
+
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    gpus = gpus if gpus != [""] else [str(i) for i in range(torch.cuda.device_count())]
+    context = multiprocessing.get_context("spawn")
+    devices = context.SimpleQueue()
+    for job in range(options.jobs):
+        devices.put(gpus[job % len(gpus)] if gpus else None)
+    begin = time.monotonic()
+    with ProcessPoolExecutor(options.jobs, context, set_up_worker, (devices,)) as pool:
+        runs = [pool.submit(train_once, arm, seed, flags, epochs) for arm, seed in todo]
+        try:
+            for done, run in enumerate(as_completed(runs), 1):
+                line = run.result()
+                keep(options.csv, line)
+                left = (time.monotonic() - begin) / done * (len(todo) - done)
+                figures = f"{line['arm']}, seed {line['seed']}: F1 {line['f1']:.4f}"
+                print(f"{done} of {len(todo)} runs; {figures}; some {left / 60:.0f} minutes left", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
+
+
+def paired(differences):
+    """Mean of the paired `differences` and half the width of its 95 % confidence interval (t distribution)."""
+    n = len(differences)
+    width = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    return statistics.mean(differences), width
+
+
+def seeds_needed(differences, effect):
+    """Pairs with which a two-sided t test at 5 % sees a mean difference of `effect` in 80 % of the cases."""
+    spread = statistics.stdev(differences)
+    n = 2
+    while True:
+        critical, shift = stats.t.ppf(0.975, n - 1), effect / spread * math.sqrt(n)
+        if stats.nct.sf(critical, n - 1, shift) >= 0.8:
+            return n
+        n += 1
+
+
+def show(found, arms, seeds):
+    """Print the tables of the runs in `found`."""
+    print(f"| arm | seeds | {' | '.join(FIGURES)} | train s |\n|---|---|{'---|' * (len(FIGURES) + 1)}")
+    for arm in arms:
+        runs = [found[arm, seed] for seed in seeds if (arm, seed) in found]
+        if runs:
+            cells = [spread([run[name] for run in runs]) for name in FIGURES]
+            seconds = statistics.median(run["train_seconds"] for run in runs)
+            print(f"| {arm} | {len(runs)} | {' | '.join(cells)} | {seconds:.0f} |")
+    print(f"\n| difference | seeds | {' | '.join(FIGURES)} |\n|---|---|{'---|' * len(FIGURES)}")
+    for one, two in PAIRS + [(arm, "smooth") for arm in arms if arm.startswith("alpha=")]:
+        common = [seed for seed in seeds if (one, seed) in found and (two, seed) in found]
+        if one in arms and two in arms and len(common) > 1:
+            cells = []
+            for name in FIGURES:
+                differences = [found[one, seed][name] - found[two, seed][name] for seed in common]
+                mean, width = paired(differences)
+                better = sum(d > 0 if name in FIGURES[:3] else d < 0 for d in differences)
+                cells.append(f"{mean:+.4f} ± {width:.4f} ({better})")
+            print(f"| {one} - {two} | {len(common)} | {' | '.join(cells)} |")
+            differences = [found[one, seed]["f1"] - found[two, seed]["f1"] for seed in common]
+            if np.ptp(differences) > 0:
+                print(f"  seeds to see half a point of F1: {seeds_needed(differences, 0.005)}")
+    print("\nIn brackets: seeds in favour of the first.")
+    for arm in arms:
+        kls = [[float(kl) for kl in found[arm, seed]["kl"].split()] for seed in seeds if (arm, seed) in found]
+        if kls and kls[0]:
+            print(f"KL by epoch, {arm}: " + ", ".join(f"{np.mean(epoch):.4f}" for epoch in zip(*kls, strict=True)))
+
+
+def spread(values):
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="default: the first six")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="default: 42 43 44")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: tests/arms.csv")
+    options, flags = parser.parse_known_args()
+    sys.path.insert(0, str(SCRIPT.parent))
+    from train_rdrop import parse_args
+
+    epochs = parse_args(flags).num_train_epochs
+    found = read(options.csv, flags)
+    todo = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed) not in found]
+    if todo:
+        run_all(todo, options, flags, epochs)
+        found = read(options.csv, flags)
+    show(found, options.arms, options.seeds)
+
+
+if __name__ == "__main__":
+    main()
