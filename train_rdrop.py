@@ -6,10 +6,10 @@
 # ///
 """Fine-tune RoBERTa (or any encoder) for text classification with R-Drop and label smoothing.
 
-    python train_rdrop.py                                         # the published run: roberta-base on IMDB
+    python train_rdrop.py                           # the published run: roberta-base on IMDB
     python train_rdrop.py --train_file reviews.csv --validation_fraction 0.1 --output_dir results_mine
-    torchrun --nproc_per_node 2 train_rdrop.py                    # two GPUs
-    tensorboard --logdir logs_rdrop                               # the curves
+    torchrun --nproc_per_node 2 train_rdrop.py      # two GPUs
+    tensorboard --logdir logs_rdrop                 # the curves
 
 R-Drop (Liang et al., NeurIPS 2021, arXiv 2106.14448) runs each batch through the model twice. Dropout draws other
 masks each time; the loss asks both outputs for the label and both to agree:
@@ -34,25 +34,23 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from torch import nn
-from torch.nn import functional as F
+from torch.nn import Embedding, Module, functional as F
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 from transformers.utils import check_min_version
 
-IS_MAIN = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one a machine speaks
 HUB = f"Give a local folder or a Hub id, owner/name (HF_ENDPOINT, now {os.environ.get('HF_ENDPOINT')}, names a mirror)"
 logger = logging.getLogger("train_rdrop")
-logger.setLevel(logging.WARNING if IS_MAIN else logging.CRITICAL)
+logger.disabled = os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes, one a machine speaks
 
 
 class UserError(Exception):
     """What the user can mend: `main` ends the process with its message, on one line."""
 
 
-# ---------------------------------------- arguments
+# ------------ arguments
 def flag(default, help):
     return HfArg(default=default, help=help)
 
@@ -61,51 +59,51 @@ def flag(default, help):
 class RDropArguments(TrainingArguments):
     """The published recipe as defaults, beside every flag of `TrainingArguments`; bad values raise `ValueError`."""
 
-    model_name_or_path: str = flag("FacebookAI/roberta-base", "Hub id or folder of the encoder.")
-    dataset_name: str = flag("stanfordnlp/imdb", "Hub id or folder of the data set.")
-    dataset_config_name: str | None = flag(None, "Its configuration, if it has several.")
-    train_file: str | None = flag(None, "In place of a data set: csv, tsv, json, jsonl or parquet.")
-    validation_file: str | None = flag(None, "Like it; chooses the checkpoint.")
-    test_file: str | None = flag(None, "Like it; evaluated at the end.")
-    validation_split: str = flag("validation", "Split that chooses the checkpoint. Or: none.")
-    test_split: str = flag("test", "Split evaluated at the end. Or: none.")
-    validation_fraction: float = flag(0.0, "Share of train held out for validation.")
-    text_column: str = flag("text", "Column of the text.")
-    text_pair_column: str | None = flag(None, "Column of a second text, for pairs as in NLI.")
-    label_column: str = flag("label", "Column of the label: integers or strings.")
-    positive_label: str | None = flag(None, "Class of F1 and AUC, of two. Default: the second.")
-    max_length: int | None = flag(None, "Tokens kept of a text. Default: all that the model takes.")
-    max_train_samples: int | None = flag(None, "Train on so many examples.")
-    max_eval_samples: int | None = flag(None, "Evaluate on so many examples.")
-    rdrop_alpha: float = flag(5.0, "Weight of the KL term. 0: one pass, the plain baseline.")
-    label_smoothing_factor: float = flag(0.1, "Share of the label spread over all classes.")
-    learning_rate: float = flag(2e-5, "Peak learning rate of AdamW.")
-    weight_decay: float = flag(0.01, "Weight decay of AdamW.")
-    lr_scheduler_type: str = flag("cosine", "Course of the learning rate after warmup.")
-    warmup_steps: float = flag(0.1, "Steps of warmup or, below 1, their share.")
-    per_device_train_batch_size: int = flag(16, "Examples per device in training.")
-    per_device_eval_batch_size: int = flag(16, "Examples per device in evaluation.")
-    num_train_epochs: float = flag(5.0, "Epochs to train, unless stopped early.")
-    fp16: bool = flag(True, "Train in fp16: on CUDA, unless --bf16 is given.")
-    seed: int = flag(42, "Seed of the new head, dropout and all draws.")
-    dataloader_num_workers: int | None = flag(None, "Processes that make batches. Default: 2 on CUDA.")
-    output_dir: str = flag("./results_rdrop", "Folder of checkpoints, best model and figures.")
-    resume_from_checkpoint: str | None = flag(None, "last, or the folder of a checkpoint.")
-    eval_strategy: str = flag("epoch", "When to evaluate.")
-    save_strategy: str = flag("epoch", "When to save a checkpoint.")
-    save_total_limit: int | None = flag(2, "Checkpoints kept, with the best.")
-    load_best_model_at_end: bool = flag(True, "End with the best checkpoint, not the last.")
-    metric_for_best_model: Literal["f1", "accuracy", "auc", "loss"] = flag("f1", "What best means.")
-    early_stopping_patience: int = flag(3, "Evaluations without gain to stop after; 0: never.")
-    early_stopping_threshold: float = flag(0.01, "Gain that counts.")
-    restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the patience left.")
-    logging_steps: float = flag(50, "Steps between two logs.")
-    report_to: list[str] = HfArg(default_factory=lambda: ["tensorboard"], help="Where curves go, or none.")
-    logging_dir: str = flag("./logs_rdrop", "TensorBoard's folder, with one for each run.")
-    logging_nan_inf_filter: bool = flag(False, "Hide losses that are not finite.")
+    model_name_or_path: str = flag("FacebookAI/roberta-base", "Hub id or folder of the encoder")
+    dataset_name: str = flag("stanfordnlp/imdb", "Hub id or folder of the data set")
+    dataset_config_name: str | None = flag(None, "Its configuration, if it has several")
+    train_file: str | None = flag(None, "In place of a data set: csv, tsv, json, jsonl or parquet")
+    validation_file: str | None = flag(None, "Like it; chooses the checkpoint")
+    test_file: str | None = flag(None, "Like it; evaluated at the end")
+    validation_split: str = flag("validation", "Split that chooses the checkpoint. Or: none")
+    test_split: str = flag("test", "Split evaluated at the end. Or: none")
+    validation_fraction: float = flag(0.0, "Share of train held out for validation")
+    text_column: str = flag("text", "Column of the text")
+    text_pair_column: str | None = flag(None, "Column of a second text, for pairs as in NLI")
+    label_column: str = flag("label", "Column of the label: integers or strings")
+    positive_label: str | None = flag(None, "Class of F1 and AUC, of two. Default: the second")
+    max_length: int | None = flag(None, "Tokens kept of a text. Default: all that the model takes")
+    max_train_samples: int | None = flag(None, "Train on so many examples")
+    max_eval_samples: int | None = flag(None, "Evaluate on so many examples")
+    rdrop_alpha: float = flag(5.0, "Weight of the KL term. 0: one pass, the plain baseline")
+    label_smoothing_factor: float = flag(0.1, "Share of the label spread over all classes")
+    learning_rate: float = flag(2e-5, "Peak learning rate of AdamW")
+    weight_decay: float = flag(0.01, "Weight decay of AdamW")
+    lr_scheduler_type: str = flag("cosine", "Course of the learning rate after warmup")
+    warmup_steps: float = flag(0.1, "Steps of warmup or, below 1, their share")
+    per_device_train_batch_size: int = flag(16, "Examples per device in training")
+    per_device_eval_batch_size: int = flag(16, "Examples per device in evaluation")
+    num_train_epochs: float = flag(5.0, "Epochs to train, unless stopped early")
+    fp16: bool = flag(True, "Train in fp16: on CUDA, unless --bf16 is given")
+    seed: int = flag(42, "Seed of the new head, dropout and all draws")
+    dataloader_num_workers: int | None = flag(None, "Processes that make batches. Default: 2 on CUDA")
+    output_dir: str = flag("./results_rdrop", "Folder of checkpoints, best model and figures")
+    resume_from_checkpoint: str | None = flag(None, "last, or the folder of a checkpoint")
+    eval_strategy: str = flag("epoch", "When to evaluate")
+    save_strategy: str = flag("epoch", "When to save a checkpoint")
+    save_total_limit: int | None = flag(2, "Checkpoints kept, with the best")
+    load_best_model_at_end: bool = flag(True, "End with the best checkpoint, not the last")
+    metric_for_best_model: Literal["f1", "accuracy", "auc", "loss"] = flag("f1", "What best means")
+    early_stopping_patience: int = flag(3, "Evaluations without gain to stop after; 0: never")
+    early_stopping_threshold: float = flag(0.01, "Gain that counts")
+    restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the patience left")
+    logging_steps: float = flag(50, "Steps between two logs")
+    report_to: list[str] = HfArg(default_factory=lambda: ["tensorboard"], help="Where curves go, or none")
+    logging_dir: str = flag("./logs_rdrop", "TensorBoard's folder, with one for each run")
+    logging_nan_inf_filter: bool = flag(False, "Hide losses that are not finite")
     # several processes: all parameters are used, and buffers broadcast between the two passes break the backward
-    ddp_find_unused_parameters: bool = flag(False, "Look for parameters without gradient.")
-    ddp_broadcast_buffers: bool = flag(False, "Broadcast buffers before each pass.")
+    ddp_find_unused_parameters: bool = flag(False, "Look for parameters without gradient")
+    ddp_broadcast_buffers: bool = flag(False, "Broadcast buffers before each pass")
 
     def __post_init__(self):
         on_cuda = torch.cuda.is_available() and not self.use_cpu
@@ -123,35 +121,33 @@ class RDropArguments(TrainingArguments):
             raise ValueError("--text_column, --label_column and --text_pair_column must differ")
         if (self.validation_file or self.test_file) and not self.train_file:
             raise ValueError("--validation_file and --test_file need a --train_file")
-        if self.batch_eval_metrics:
-            raise ValueError("--batch_eval_metrics: F1 and AUC are not means over batches")
         if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
             raise ValueError("--save_steps must equal --eval_steps, or the best model would not be saved")
 
 
 def parse_args(argv=None) -> RDropArguments:
-    """Read `argv` (a list of strings), or else the command line; raises for flags and values that cannot be had."""
+    """Read `argv` (strings) or the command line; raises for unknown flags and values that cannot be had."""
     parser = HfArgumentParser(RDropArguments, description=__doc__[:80], allow_abbrev=False, exit_on_error=False)
     args, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     if unknown:  # without their values, which may be tokens
         flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
-        raise UserError(f"unknown arguments: {', '.join(flags) or 'a stray word'}. --help lists those that there are.")
+        raise UserError(f"unknown arguments: {', '.join(flags) or 'a stray word'}. --help lists all.")
     if args.hub_token:  # Trainer would save it in every training_args.bin
         os.environ["HF_TOKEN"] = args.hub_token
         args.hub_token = None
     return args
 
 
-# ---------------------------------------- output and resume
+# ------------ output and resume
 # Beginnings of the flags that do not decide the result; of those of the batch, the effective batch does.
 FREE_FLAGS = re.compile(
-    "output_dir|resume_|num_train_epochs|per_device_|gradient_|activation_|eval_accum|save_|log|report_to|run_name"
-    "|project|trackio|include_|disable_tqdm|hub_|push_|dataloader_(num|p)|ddp_|local_rank|use_cpu|enable_jit"
+    "output_dir|resume_|per_device_|gradient_|activation_|eval_accum|save_|log|report_to|run_name"
+    "|include_|disable_tqdm|hub_|push_|dataloader_(num|p)|ddp_|local_rank|use_cpu|enable_jit"
 )
 
 
 def newest_complete(checkpoints) -> Path | None:
-    """The newest of `checkpoints` (folders) that holds all that a run needs: Trainer would silently do without some."""
+    """The newest of `checkpoints` (folders) that holds all that a run needs: Trainer would do without some."""
     for checkpoint in sorted(checkpoints, key=lambda folder: int(re.sub(r"\D", "", folder.name) or 0), reverse=True):
         files = ("*model*", "optimizer*", "scheduler.pt", "rng_state*.pth", "trainer_state.json")  # as written
         missing = [file for file in files if not any(checkpoint.glob(file))]
@@ -169,7 +165,7 @@ def arguments_of(args: RDropArguments) -> dict:
 
 
 def find_checkpoint(args: RDropArguments) -> Path | None:
-    """The checkpoint to resume from, if any; `UserError` if it was trained with flags that give other results."""
+    """The checkpoint to resume from, if any; `UserError` if flags that decide the result have changed."""
     output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
     if asked is None:
         return None
@@ -177,18 +173,18 @@ def find_checkpoint(args: RDropArguments) -> Path | None:
     if checkpoint is None:
         raise UserError(f"nothing to resume from: no complete checkpoint in {output_dir if asked == 'last' else asked}")
     was, now = json.loads((checkpoint.resolve().parent / "arguments.json").read_text()), arguments_of(args)
-    more_epochs = now["num_train_epochs"] - was["num_train_epochs"]
-    names = [name for name in now if not FREE_FLAGS.match(name)] + ["num_train_epochs"] * (more_epochs < 0)
-    changed = [f"--{name} was {was.get(name)}, is {now[name]}" for name in names if now[name] != was.get(name)]
-    if changed:
-        raise UserError(f"a resumed run needs the flags that it began with: {'; '.join(changed)}")
-    if more_epochs > 0:
+    if now["num_train_epochs"] > was["num_train_epochs"]:
         logger.warning("More epochs than the run began with: the learning rate now follows the longer schedule.")
+        was["num_train_epochs"] = now["num_train_epochs"]
+    names = [name for name in now if now[name] != was.get(name) and not FREE_FLAGS.match(name)]
+    if names:
+        changed = "; ".join(f"--{name} was {was.get(name)}, is {now[name]}" for name in names)
+        raise UserError(f"a resumed run needs the flags that it began with: {changed}")
     return checkpoint
 
 
 def claim_output_dir(args: RDropArguments, checkpoint: Path | None) -> Path:
-    """Keep other runs out of the output folder by writing `arguments.json`, whose path is returned."""
+    """Keep other runs out of the output folder by `arguments.json`; returns its path."""
     file = Path(args.output_dir, "arguments.json")
     in_place = checkpoint is not None and checkpoint.resolve().parent == file.resolve().parent
     with args.main_process_first(local=False):
@@ -205,9 +201,9 @@ def claim_output_dir(args: RDropArguments, checkpoint: Path | None) -> Path:
     return file
 
 
-# ---------------------------------------- data
+# ------------ data
 def read(name: str, builder: str, *config, **options):
-    """`load_dataset` of `builder`, whose many kinds of errors become a `UserError` about `name`."""
+    """`load_dataset` of `builder`; its many kinds of errors become a `UserError` about `name`."""
     try:
         return load_dataset(builder, *config, **options)
     except Exception as error:  # of pandas, pyarrow, fsspec, the Hub's client
@@ -217,7 +213,7 @@ def read(name: str, builder: str, *config, **options):
 
 
 def read_file(path: str) -> Dataset:
-    """A csv, tsv, json, jsonl or parquet file, also as .gz; in csv and tsv only empty fields are missing."""
+    """A csv, tsv, json, jsonl or parquet file, also .gz; in csv and tsv only empty fields are missing."""
     kind = path.removesuffix(".gz").rsplit(".", 1)[-1]
     if kind in ("csv", "tsv"):
         missing = {"keep_default_na": False, "na_values": [""]}
@@ -242,7 +238,7 @@ def read_splits(args: RDropArguments) -> dict[str, Dataset]:
 
 
 def class_name(value, feature) -> str | None:
-    """The name of the class that `value`, in a column of type `feature`, stands for; None where it is missing."""
+    """The name of the class that `value`, in a column of type `feature`, stands for; None: it is missing."""
     if isinstance(feature, ClassLabel):
         return feature.int2str(value) if value is not None and value >= 0 else None
     if isinstance(value, float):  # pandas makes floats of integers where a field is empty
@@ -284,7 +280,7 @@ def clean(rows: Dataset, split: str, classes: list[str] | None, args: RDropArgum
 
 
 def load_splits(args: RDropArguments) -> DatasetDict:
-    """Load, check and sub-sample `train` and, where there are, `validation` and `test`; columns as of `clean`."""
+    """Load, check and sub-sample `train` and, where there are, `validation` and `test`, with columns as of `clean`."""
     found, splits, classes = read_splits(args), DatasetDict(), None
     for split, rows in found.items():
         cleaned = clean(rows, split, classes, args)
@@ -322,26 +318,25 @@ def tokenize(splits: DatasetDict, tokenizer, args: RDropArguments) -> DatasetDic
         splits = splits.map(tokenizer, input_columns=texts, remove_columns=texts, **options)
     if not any(set(tokens) - set(tokenizer.all_special_ids) for tokens in splits["train"][:100]["input_ids"]):
         raise UserError("the tokenizer knows no word of the first 100 texts: are its files in the model's folder?")
-    for split in splits.keys() - {"train"}:  # longest first: little padding, and memory that is too small shows at once
+    for split in splits.keys() - {"train"}:  # longest first: little padding, out of memory at once
         splits[split] = splits[split].select(np.argsort(splits[split]["length"][:], kind="stable")[::-1])
     return splits
 
 
-# ---------------------------------------- model
+# ------------ model
 def load_model(args: RDropArguments, names: list[str]):
-    """Load the tokenizer, which knows how many tokens to keep, and the model, with a new head for labels `names`."""
+    """Load the tokenizer, with the number of tokens to keep, and the model, with a new head for labels `names`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
         tokenizer(["two", "texts"], padding=True)  # raises where there is no padding token
-        special = tokenizer.num_special_tokens_to_add(pair=args.text_pair_column is not None)
-        if args.max_length and args.max_length <= special:
-            raise ValueError(f"--max_length must be more than the {special} special tokens")
+        if args.max_length and args.max_length <= tokenizer.num_special_tokens_to_add(pair=bool(args.text_pair_column)):
+            raise ValueError("--max_length leaves no room beside the special tokens")
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             args.model_name_or_path,
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
-            dtype=torch.float32,  # the default is the checkpoint's dtype, and fp16 needs float32 weights to update
-            ignore_mismatched_sizes=True,  # a head trained on other labels gives way to a new one
+            dtype=torch.float32,  # not the checkpoint's: fp16 needs float32 weights to update
+            ignore_mismatched_sizes=True,  # a head for other labels gives way to a new one
             output_loading_info=True,
             trust_remote_code=False,  # the default asks on the terminal
         )
@@ -353,20 +348,19 @@ def load_model(args: RDropArguments, names: list[str]):
         raise UserError(f"the weights of {args.model_name_or_path} do not fit its config: {new[0]}, ... are missing")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits = [args.max_length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        if name.endswith("position_embeddings") and isinstance(module, Embedding):
             # A table with a padding index counts from there: RoBERTa's 514 positions take 512 tokens.
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-    # -1 and 10**30 stand for no limit; where there is none (XLNet), the recipe's holds
-    limit = min([limit for limit in limits if limit and 0 < limit < 1_000_000], default=512)
-    tokenizer.model_max_length = min(args.max_length or limit, limit)  # saved, so that a pipeline truncates alike
+    # -1 and 10**30 stand for no limit, 512 is the recipe's; saved, so that a pipeline truncates alike
+    tokenizer.model_max_length = min([limit for limit in limits if limit and 0 < limit < 1_000_000], default=512)
     tokenizer("", truncation=True)  # sets its truncation, by which `datasets` knows its cached results
     return tokenizer, model
 
 
-# ---------------------------------------- loss
-class RDropLoss(nn.Module):
+# ------------ loss
+class RDropLoss(Module):
     """R-Drop with label smoothing: 1/2 (CE1 + CE2) + alpha * 1/2 (KL(p2 || p1) + KL(p1 || p2)).
 
     Liang et al. (2021), section 2.1, add the CEs of the two passes: their loss with weight 2 alpha is twice this one.
@@ -382,7 +376,7 @@ class RDropLoss(nn.Module):
             raise ValueError(f"label_smoothing (--label_smoothing_factor) must be in [0, 1), not {label_smoothing}")
         self.alpha, self.label_smoothing = alpha, label_smoothing
 
-    def forward(self, logits1: torch.Tensor, logits2: torch.Tensor, labels: torch.Tensor):
+    def forward(self, logits1, logits2, labels):
         """The loss of two passes, and its terms, not weighted: mean CE, and half the sum of both KL divergences."""
         logits1, logits2 = logits1.float(), logits2.float()
         log_p1, log_p2 = logits1.log_softmax(dim=-1), logits2.log_softmax(dim=-1)
@@ -394,7 +388,7 @@ class RDropLoss(nn.Module):
         return ce + self.alpha * kl, ce, kl
 
 
-# ---------------------------------------- trainer
+# ------------ trainer
 class RDropTrainer(Trainer):
     """A `Trainer` whose training steps run the model twice (once if `alpha` is 0) and take `RDropLoss`.
 
@@ -411,7 +405,7 @@ class RDropTrainer(Trainer):
         self.sums = torch.zeros(3, device=self.args.device)  # CE, KL, steps; read at a log only, so no step waits
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a batch with `labels` (batch); with `return_outputs` also the logits of the first pass."""
+        """The loss of a batch with `labels`; with `return_outputs` also the logits of the first pass."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
@@ -431,7 +425,7 @@ class RDropTrainer(Trainer):
         return sums
 
     def log(self, logs, *args, **kwargs):
-        """Log as `Trainer` does, with CE and KL beside the training loss."""
+        """Log CE and KL, too, beside the training loss."""
         if "loss" in logs:
             ce, kl, steps = self.read_sums()
             self.sums.zero_()
@@ -443,13 +437,13 @@ class RDropTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, *args, **kwargs):
-        """Save as `Trainer` does, unless the training has diverged."""
+        """Save, unless the training has diverged."""
         self.read_sums()
         super().save_model(*args, **kwargs)
 
 
 class RunCallback(TrainerCallback):
-    """Keeps a resumed run to the course of an uninterrupted one, and knows how far the run has come."""
+    """Keeps a resumed run to the course of an uninterrupted one, and knows how far it has come."""
 
     claim, checkpoint, started = None, None, False  # its arguments.json, what it resumes from, whether steps have begun
 
@@ -476,12 +470,12 @@ class RunCallback(TrainerCallback):
             raise UserError(f"the best checkpoint, {best}, holds no model: all machines must share --output_dir")
 
 
-# ---------------------------------------- metrics
+# ------------ metrics
 def compute_metrics(eval_pred, loss: RDropLoss, positive: int = 1) -> dict[str, float]:
     """Loss, accuracy, F1 and ROC AUC of `eval_pred` (logits (n, classes), labels (n)).
 
-    Two classes: F1 of class `positive`, and AUC from its softmax probability. More: macro F1 and one-vs-rest macro
-    AUC. AUC is left out, with a warning, where a class has no label. Logits that are not finite: `FloatingPointError`.
+    Two classes: F1 of class `positive`, AUC from its softmax probability. More: macro F1, one-vs-rest macro AUC. AUC is
+    left out, with a warning, where a class has no label. `FloatingPointError` where logits are not finite.
     """
     logits, labels = torch.from_numpy(eval_pred[0]), eval_pred[1]
     if not logits.isfinite().all():
@@ -501,7 +495,7 @@ def compute_metrics(eval_pred, loss: RDropLoss, positive: int = 1) -> dict[str, 
     return metrics
 
 
-# ---------------------------------------- main
+# ------------ main
 def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
     """Load data and model, train, evaluate and save; returns the metrics."""
     checkpoint = find_checkpoint(args)
@@ -536,16 +530,15 @@ def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
     callback.checkpoint = checkpoint
     results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     if checkpoint:
-        results.pop("train_loss")  # Trainer's mean knows nothing of the steps before the interruption
+        results.pop("train_loss")  # it lacks the steps before the interruption
     trainer.save_metrics("train", results, combined=False)
     evaluated = {"eval": trainer.eval_dataset}
     if splits.keys() >= {"validation", "test"}:
         evaluated["test"] = splits["test"]
     for prefix, split in evaluated.items():
-        # `predict` adds no point to the curves, which show the models in training: this is the best one
+        # `predict` adds no point to the curves, which show the models in training
         metrics = {**trainer.predict(split, metric_key_prefix=prefix).metrics, "epoch": trainer.state.epoch}
         trainer.state.log_history.append({**metrics, "step": trainer.state.global_step})  # for the model card
-        trainer.log_metrics(prefix, metrics)
         trainer.save_metrics(prefix, metrics, combined=False)
         results |= metrics
     trainer.save_metrics("all", results, combined=False)
@@ -577,7 +570,7 @@ def stop(*_):
 
 
 def main(argv=None) -> dict[str, float]:
-    """Train as `argv` (strings) or the command line says; returns what `all_results.json` holds, or exits in a line."""
+    """Train as `argv` (strings) or the command line says; returns what `all_results.json` holds."""
     signal.signal(signal.SIGTERM, stop)
     args, callback = None, RunCallback()
     try:

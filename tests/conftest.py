@@ -13,10 +13,11 @@ from pathlib import Path
 
 # Before any Hugging Face import: caches of our own, no network, one thread for each of several processes at a time.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import tiny_imdb
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_rdrop.py"
@@ -24,11 +25,56 @@ FIGURES = ("eval_loss", "eval_accuracy", "eval_f1", "eval_auc", "epoch")
 sys.path.insert(0, str(ROOT))
 
 # Most of a start is imports. This server has them done, and forks a fresh process for each start of the script.
+PRELOAD = ["transformers.trainer", "transformers.models.auto.modeling_auto"]
+PRELOAD += ["transformers.models.roberta.modeling_roberta", "transformers.integrations", "datasets", "sklearn.metrics"]
+PRELOAD += ["torch.utils.tensorboard", "torch._dynamo"]
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    ["transformers.trainer", "transformers.models.auto.modeling_auto", "transformers.models.roberta.modeling_roberta"]
-    + ["transformers.integrations", "datasets", "sklearn.metrics", "torch.utils.tensorboard", "torch._dynamo"]
-)
+server.set_forkserver_preload(PRELOAD)
+
+
+SECOND_LANE = ("test_hub.py", "test_interruption.py", "test_resume.py")  # half of the time
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Leave the files of `SECOND_LANE` to a second pytest: most tests are a process on one core, and there are two."""
+    second = [item for item in items if item.path.name in SECOND_LANE]
+    if "SECOND_LANE_REPORTS" in os.environ:
+        items[:] = second
+    elif 0 < len(second) < len(items) and not config.option.collectonly and not config.option.usepdb:
+        items[:] = [item for item in items if item not in second]
+        config.lane = tempfile.mkdtemp() + "/reports"
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
+        with open(f"{config.lane}.out", "w") as out:
+            env = os.environ | {"SECOND_LANE_REPORTS": config.lane}
+            config.second = subprocess.Popen(command, cwd=config.invocation_params.dir, env=env, stdout=out, stderr=out)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    if "SECOND_LANE_REPORTS" in os.environ:
+        with open(os.environ["SECOND_LANE_REPORTS"], "a") as reports:
+            data = CONFIG.hook.pytest_report_to_serializable(config=CONFIG, report=report)
+            reports.write(json.dumps(data) + "\n")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """Run this lane's tests, and then report those of the second as if they had been run here."""
+    result = yield
+    config = session.config
+    if hasattr(config, "second"):
+        status = config.second.wait()
+        for line in Path(config.lane).read_text().splitlines():
+            report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            config.hook.pytest_runtest_logreport(report=report)
+        assert status in (0, 1), Path(f"{config.lane}.out").read_text()
+    return result
+
+
+def pytest_configure(config):
+    global CONFIG
+    CONFIG = config
 
 
 def start_here(argv, folder, env, log, prelude):
@@ -109,7 +155,8 @@ def wait_for(condition, timeout=60):
 def tiny(tmp_path_factory):
     """A folder with `model` and `data`, which the script learns in some seconds."""
     folder = tmp_path_factory.mktemp("tiny")
-    subprocess.run([sys.executable, ROOT / "tests" / "tiny_imdb.py", folder], check=True, capture_output=True)
+    tiny_imdb.write_model(folder / "model")
+    tiny_imdb.write_data(folder / "data")
     return folder
 
 

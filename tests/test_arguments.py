@@ -115,7 +115,7 @@ sys.exit()
 
 
 MISTAKES = {  # flags, and what the line must say
-    "--learnin_rate 1": "unknown arguments: --learnin_rate. --help lists",
+    "--learnin_rate 1": "unknown arguments: --learnin_rate. --help lists all.",
     "--learning_rat 1": "unknown arguments: --learning_rat. ",
     "--learning_rat=1 --sed 2": "unknown arguments: --learning_rat, --sed. ",
     "--seed 1 stray": "unknown arguments: a stray word. ",
@@ -128,7 +128,7 @@ MISTAKES = {  # flags, and what the line must say
     "--validation_fraction 1": "test_size=1.0 should be",
     "--validation_fraction -0.5": "test_size=-0.5 should be",
     "--max_length 0": "--max_length must be at least 1, not 0",
-    "--max_length 2": "--max_length must be more than the 2 special tokens",
+    "--max_length 2": "--max_length leaves no room beside the special tokens",
     "--max_train_samples 0": "--max_train_samples must be at least 1, not 0",
     "--max_eval_samples -3": "--max_eval_samples must be at least 1, not -3",
     "--gradient_accumulation_steps 0": "--gradient_accumulation_steps must be at least 1, not 0",
@@ -142,7 +142,6 @@ MISTAKES = {  # flags, and what the line must say
     "--text_pair_column text": "--text_column, --label_column and --text_pair_column must differ",
     "--test_file file.csv": "--validation_file and --test_file need a --train_file",
     "--validation_file file.csv": "--validation_file and --test_file need a --train_file",
-    "--batch_eval_metrics": "--batch_eval_metrics: F1 and AUC are not means",
     "--dataset_name ./not_there": "cannot read ./not_there (",
     "--dataset_name /not/there/either": "cannot read /not/there/either (",
     "--dataset_name imdb": "owner/name",
@@ -160,6 +159,7 @@ FOUND_WITH_THE_MODEL = {  # by Trainer, which is made after it
     "--report_to wandb": "wandb to be installed",
     "--per_device_train_batch_size 0": "batch_size=0",
     "--dataloader_num_workers -1": "num_workers",
+    "--batch_eval_metrics": "batch_eval_metrics",
 }
 
 

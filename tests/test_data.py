@@ -489,7 +489,7 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
     "no room for words": (
         "--train_file data/none.csv --test_file data/none.csv --max_length 4 --text_pair_column b",
         {"none.csv": ["text,b,label", "so,fine,1", "so,dull,0"]},
-        ["--max_length must be more than the 4 special tokens"],
+        ["--max_length leaves no room beside the special tokens"],
     ),
 }
 

@@ -12,7 +12,7 @@ from conftest import SCRIPT, Run, assert_same_end, on, said, wait_for
 
 from train_rdrop import RDropArguments
 
-SHORT = ("--num_train_epochs", "3", "--max_train_samples", "200")  # 13 steps an epoch
+SHORT = ("--num_train_epochs", "3", "--max_train_samples", "80")  # 5 steps an epoch
 TINY = ("--max_train_samples", "64", "--max_eval_samples", "32")  # 4 steps an epoch
 SIX = ("--num_train_epochs", "6", "--early_stopping_patience", "0")
 LONG = ("--num_train_epochs", "200", "--logging_steps", "5", "--early_stopping_patience", "0")
@@ -30,12 +30,12 @@ def whole(tmp_path_factory, argv):
 @pytest.mark.parametrize(
     "moment",
     [
-        "results_rdrop/checkpoint-13/model.safetensors",
-        "results_rdrop/checkpoint-26/model.safetensors",
-        "results_rdrop/checkpoint-26/optimizer.pt",
-        "results_rdrop/checkpoint-26/trainer_state.json",
-        "results_rdrop/checkpoint-39/rng_state.pth",
-        "results_rdrop/checkpoint-39/trainer_state.json",
+        "results_rdrop/checkpoint-5/model.safetensors",
+        "results_rdrop/checkpoint-10/model.safetensors",
+        "results_rdrop/checkpoint-10/optimizer.pt",
+        "results_rdrop/checkpoint-10/trainer_state.json",
+        "results_rdrop/checkpoint-15/rng_state.pth",
+        "results_rdrop/checkpoint-15/trainer_state.json",
         "results_rdrop/train_results.json",
     ],
 )
@@ -45,7 +45,11 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_never_killed(start, whol
     run.process.kill()
     assert run.wait().status == -signal.SIGKILL
     resumed = start(*SHORT, "--resume_from_checkpoint", "last").wait()
-    if "checkpoint-13/" in moment:  # the first checkpoint was never finished
+    if "cannot read" in resumed.err:  # its last file was there, but not yet written
+        resumed.assert_one_line(2, "checkpoint-15", "remove it and resume from the one before")
+        shutil.rmtree(tmp_path / "results_rdrop" / "checkpoint-15")
+        resumed = start(*SHORT, "--resume_from_checkpoint", "last").wait()
+    if "checkpoint-5/" in moment:  # the first checkpoint was never finished
         resumed.assert_one_line(2, "nothing to resume from")
         again = start(*SHORT).wait()
         again.assert_one_line(2, "holds an earlier run", "remove the folder", "another --output_dir")
@@ -55,14 +59,14 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_never_killed(start, whol
 
 
 def test_half_written_checkpoint_is_passed_over_by_name(start, tmp_path):
-    assert start("--num_train_epochs", "2").wait().status == 0
+    assert start(*TINY, "--num_train_epochs", "2").wait().status == 0
     for part in ("trainer_state.json", "optimizer.pt"):
-        lost = tmp_path / "results_rdrop" / "checkpoint-50" / part
+        lost = tmp_path / "results_rdrop" / "checkpoint-8" / part
         kept = lost.rename(tmp_path / part)
-        run = start("--num_train_epochs", "2", "--resume_from_checkpoint", "last", "--logging_steps", "1").wait()
+        run = start(*TINY, "--num_train_epochs", "2", "--resume_from_checkpoint", "last", "--logging_steps", "1").wait()
         assert run.status == 0, run.err
-        assert "checkpoint-50 is incomplete" in run.err and "checkpoint-25 is incomplete" not in run.err
-        assert run.json("checkpoint-50/trainer_state.json")["global_step"] == 50  # written anew, from checkpoint-25
+        assert "checkpoint-8 is incomplete" in run.err and "checkpoint-4 is incomplete" not in run.err
+        assert run.json("checkpoint-8/trainer_state.json")["global_step"] == 8  # written anew, from checkpoint-4
         assert "train_loss" not in run.json("train_results.json")
         kept.unlink()
     run = start("--resume_from_checkpoint", tmp_path / "results_rdrop" / "checkpoint-99").wait()
@@ -70,11 +74,11 @@ def test_half_written_checkpoint_is_passed_over_by_name(start, tmp_path):
 
 
 def test_resume_from_a_path_goes_on_from_there(start, tmp_path):
-    assert start("--num_train_epochs", "2", "--logging_steps", "1").wait().status == 0
-    path = tmp_path / "results_rdrop" / "checkpoint-25"
-    run = start("--num_train_epochs", "2", "--logging_steps", "1", "--resume_from_checkpoint", path).wait()
+    assert start(*TINY, "--num_train_epochs", "2", "--logging_steps", "1").wait().status == 0
+    path = tmp_path / "results_rdrop" / "checkpoint-4"
+    run = start(*TINY, "--num_train_epochs", "2", "--logging_steps", "1", "--resume_from_checkpoint", path).wait()
     assert run.status == 0, run.err
-    assert "'epoch': '1.04'" in run.out and "'epoch': '1'}" not in run.out
+    assert "'epoch': '1.25'" in run.out and "'epoch': '1'}" not in run.out
 
 
 def test_run_that_stopped_early_is_resumed_with_its_patience_used_up(start, tmp_path):
@@ -90,13 +94,13 @@ def test_run_that_stopped_early_is_resumed_with_its_patience_used_up(start, tmp_
     assert state["max_steps"] == 36 and state["num_train_epochs"] == 9
 
 
-@pytest.mark.parametrize("flags", [(), ("--resume_from_checkpoint", "elsewhere/checkpoint-25")])
+@pytest.mark.parametrize("flags", [(), ("--resume_from_checkpoint", "elsewhere/checkpoint-4")])
 def test_folder_of_an_earlier_run_is_refused_untouched(start, tmp_path, flags):
-    assert start("--num_train_epochs", "1").wait().status == 0
+    assert start(*TINY, "--num_train_epochs", "1").wait().status == 0
     shutil.copytree(tmp_path / "results_rdrop", tmp_path / "elsewhere")
     logs = list((tmp_path / "logs_rdrop").iterdir())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results_rdrop").rglob("*")}
-    run = start("--num_train_epochs", "1", *flags).wait()
+    run = start(*TINY, "--num_train_epochs", "1", *flags).wait()
     run.assert_one_line(2, "--resume_from_checkpoint last", "remove the folder", "another --output_dir")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "results_rdrop").rglob("*")}
     assert logs == list((tmp_path / "logs_rdrop").iterdir())
@@ -113,20 +117,20 @@ def test_folder_with_any_file_of_a_run_is_refused(start, tmp_path, file):
 
 def test_finished_run_resumed_under_another_name_keeps_the_best_model(start, tmp_path):
     first_is_best = ("--metric_for_best_model", "loss", "--greater_is_better", "true")
-    flags = ("--num_train_epochs", "2", *first_is_best)
+    flags = ("--num_train_epochs", "2", *TINY, *first_is_best)
     assert start(*flags).wait().status == 0
     best = (tmp_path / "results_rdrop" / "model.safetensors").read_bytes()
-    assert best == (tmp_path / "results_rdrop" / "checkpoint-25" / "model.safetensors").read_bytes()
+    assert best == (tmp_path / "results_rdrop" / "checkpoint-4" / "model.safetensors").read_bytes()
     (tmp_path / "results_rdrop").rename(tmp_path / "moved")
     resumed = start(*flags, "--output_dir", "moved", "--resume_from_checkpoint", "last").wait()
     assert resumed.status == 0 and (tmp_path / "moved" / "model.safetensors").read_bytes() == best, resumed.err
 
 
 def test_results_cut_short_by_a_kill_are_written_anew(start, tmp_path):
-    assert start("--num_train_epochs", "1").wait().status == 0
+    assert start(*TINY, "--num_train_epochs", "1").wait().status == 0
     for name in ("all_results.json", "eval_results.json", "trainer_state.json", "model.safetensors"):
         (tmp_path / "results_rdrop" / name).write_text("")
-    resumed = start("--num_train_epochs", "1", "--resume_from_checkpoint", "last").wait()
+    resumed = start(*TINY, "--num_train_epochs", "1", "--resume_from_checkpoint", "last").wait()
     assert resumed.status == 0 and "eval_f1" in resumed.json("all_results.json"), resumed.err
 
 
@@ -137,7 +141,7 @@ def test_second_run_in_the_folder_of_one_at_work_is_refused(start, tmp_path):
     first.process.kill()
     assert first.wait().status == -signal.SIGKILL
     shutil.rmtree(tmp_path / "results_rdrop")
-    assert start("--num_train_epochs", "1").wait().status == 0
+    assert start(*TINY, "--num_train_epochs", "1").wait().status == 0
 
 
 def test_of_two_runs_started_together_in_one_folder_one_is_refused(start, tmp_path):
@@ -150,7 +154,7 @@ def test_of_two_runs_started_together_in_one_folder_one_is_refused(start, tmp_pa
         "    return real(file, mode, *args, **kwargs)\n"
         "builtins.open = meet"
     )
-    runs = [start("--num_train_epochs", "1", *TINY, prelude=meet) for _ in range(2)]
+    runs = [start(*TINY, "--num_train_epochs", "1", prelude=meet) for _ in range(2)]
     good, refused = sorted((run.wait() for run in runs), key=lambda run: run.status)
     assert good.status == 0, good.err
     refused.assert_one_line(2, "results_rdrop")
@@ -164,10 +168,10 @@ KILL = "os.kill(os.getpid(), signal.SIGTERM)"
 MOMENTS = {  # prelude, checkpoint that the line must name
     "loading data": (f"import datasets, os, signal; datasets.load_dataset = lambda *_: {KILL}", "No checkpoint"),
     "first epoch": (on("on_step_begin", f"if state.global_step == 3: {KILL}"), "No checkpoint"),
-    "evaluation": (on("on_prediction_step", f"if state.global_step == 26: {KILL}"), "checkpoint-13"),
+    "evaluation": (on("on_prediction_step", f"if state.global_step == 10: {KILL}"), "checkpoint-5"),
     "final evaluation": (
         on("on_prediction_step", f"if pathlib.Path(args.output_dir, 'train_results.json').exists(): {KILL}"),
-        "checkpoint-39",
+        "checkpoint-15",
     ),
 }
 
@@ -184,10 +188,10 @@ def test_sigterm_ends_the_run_at_once_with_one_line(start, tmp_path, moment):
 
 
 def test_sigterm_with_jit_checkpoint_is_no_worse_and_resumed_it_ends_as_if_never_stopped(start, whole, tmp_path):
-    prelude = on("on_step_begin", f"if state.global_step == 20: {KILL}")
+    prelude = on("on_step_begin", f"if state.global_step == 7: {KILL}")
     run = start(*SHORT, "--enable_jit_checkpoint", prelude=prelude).wait()
-    run.assert_one_line(143, "stopped by SIGTERM", "--resume_from_checkpoint last", "checkpoint-13")
-    assert {path.name for path in (tmp_path / "results_rdrop").iterdir()} == {"arguments.json", "checkpoint-13"}
+    run.assert_one_line(143, "stopped by SIGTERM", "--resume_from_checkpoint last", "checkpoint-5")
+    assert {path.name for path in (tmp_path / "results_rdrop").iterdir()} == {"arguments.json", "checkpoint-5"}
     resumed = start(*SHORT, "--resume_from_checkpoint", "last").wait()
     assert resumed.status == 0, resumed.err
     assert_same_end(whole, resumed)
@@ -217,7 +221,7 @@ def test_signals_to_the_process_group_end_data_loader_workers_too(argv, tmp_path
             status, words = ends[number]
             err = (folder / "err").read_text() if run.wait(30) is not None else ""
             assert run.returncode == status and len(said(err)) == 1 and words in said(err)[0], err
-            noise = [line for line in err.splitlines() if not re.search(r"\d+/\d+ \[|^train_rdrop.py: |^\s*$", line)]
+            noise = [line for line in err.splitlines() if not re.search(r"\d+/\d+ \[|^train_rdrop.py: |^[. \x1b\[A]*$", line)]
             assert noise == []
     finally:
         for _, run in outputs.values():
@@ -255,12 +259,12 @@ def test_loss_that_is_not_finite_stops_the_run(start, tmp_path, how):
 
 def test_out_of_gpu_memory_ends_in_one_line_and_leaves_the_folder_free(start, tmp_path):
     prelude = on("on_step_begin", "if state.global_step == 1: raise torch.OutOfMemoryError('CUDA out of memory.')")
-    run = start("--num_train_epochs", "1", *TINY, prelude=prelude).wait()
+    run = start(*TINY, "--num_train_epochs", "1", prelude=prelude).wait()
     run.assert_one_line(1, "out of GPU memory", "--per_device_train_batch_size", "--gradient_accumulation_steps")
     flags = re.findall(r"--(\w+)", run.said[0])
     assert set(flags) <= RDropArguments.__dataclass_fields__.keys() and any("checkpointing" in flag for flag in flags)
     assert list((tmp_path / "results_rdrop").iterdir()) == []
-    again = start("--num_train_epochs", "1", *TINY, "--activation_checkpointing").wait()
+    again = start(*TINY, "--num_train_epochs", "1", "--activation_checkpointing").wait()
     assert again.status == 0, again.err
 
 
@@ -279,7 +283,7 @@ def test_disk_that_is_full_ends_in_one_line(start, error):
         "    real(*args, **kwargs)\n"
         "torch.save = save"
     )
-    run = start("--num_train_epochs", "2", *TINY, prelude=prelude).wait()
+    run = start(*TINY, "--num_train_epochs", "2", *TINY, prelude=prelude).wait()
     run.assert_one_line(1, "the disk is full", "--resume_from_checkpoint last", "checkpoint-4")
 
 
