@@ -16,16 +16,16 @@ import argparse
 import csv
 import json
 import math
-import multiprocessing
 import os
 import platform
-import resource
+import queue
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,8 @@ PAIRS = [("both", "ce"), ("both", "smooth"), ("both", "smooth_twice"), ("rdrop",
 PAIRS += [("two_pass", "smooth"), ("smooth_twice", "smooth")]
 FIGURES = ["accuracy", "f1", "auc", "eval_loss", "train_nll", "test_nll", "gap"]
 COLUMNS = ["arm", "seed", "flags", *FIGURES[:-1], "best_epoch", "kl", "train_seconds", "cpu_seconds", "machine"]
+NUMBERS = [*FIGURES[:-1], "best_epoch", "train_seconds", "cpu_seconds"]
+RUNNING = []  # processes, to be ended with this one
 
 
 def arm_flags(arm, epochs):
@@ -57,60 +59,67 @@ def name_of(flags):
     return " ".join(flag.rstrip("/").rsplit("/", 1)[-1] for flag in flags)
 
 
-def set_up_worker(devices):
-    """Give the process one thread on a CPU, or one of several GPUs, before torch is imported."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+def call(command, log, device=None):
+    """Run `command` on one thread of a CPU or on the GPU `device`; returns what it has printed, and CPU seconds."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+    with open(log, "w+") as output:
+        process = subprocess.Popen([sys.executable, *command], env=env, stdout=output, stderr=output)
+        RUNNING.append(process)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        said = output.read()
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with status {process.returncode}: {said[-2000:]}")
+    return said, usage.ru_utime + usage.ru_stime
+
+
+def train_once(arm, seed, flags, epochs, devices):
+    """Train and measure `arm` with `seed` on one of `devices`; returns a line of the CSV file."""
     device = devices.get()
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            output_dir, log = f"{folder}/results", f"{folder}/log"
+            argv = [*flags, *arm_flags(arm, epochs), "--seed", str(seed), "--early_stopping_patience", "0"]
+            argv += ["--output_dir", output_dir, "--logging_dir", folder, "--report_to", "none"]
+            argv += ["--logging_strategy", "epoch", "--save_total_limit", "1", "--disable_tqdm", "true"]
+            _, seconds = call([SCRIPT, *argv], log, device)
+            results = json.loads(Path(output_dir, "all_results.json").read_text())
+            state = json.loads(Path(output_dir, "trainer_state.json").read_text())
+            said, _ = call([__file__, "--measure", *argv, "--model_name_or_path", output_dir], log, device)
+    finally:
+        devices.put(device)
+    steps = state["max_steps"] / state["num_train_epochs"]
+    prefix = "test" if "test_f1" in results else "eval"
+    line = {"arm": arm, "seed": seed, "flags": name_of(flags)}
+    line |= {name: results[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc")}
+    line["eval_loss"] = results[f"{prefix}_loss"]
+    line |= json.loads(said.splitlines()[-1])
+    line["best_epoch"] = round(state["best_global_step"] / steps)
+    line["kl"] = " ".join(f"{entry['kl']:.3g}" for entry in state["log_history"] if "kl" in entry)
+    line["train_seconds"] = results["train_runtime"]
+    line["cpu_seconds"] = round(seconds, 1)
+    return line
 
 
-def train_once(arm, seed, flags, epochs):
-    """Train and measure `arm` with `seed`; returns a line of the CSV file."""
-    with tempfile.TemporaryDirectory() as folder:
-        own = [*arm_flags(arm, epochs), "--seed", str(seed), "--early_stopping_patience", "0", "--output_dir", folder]
-        argv = [*flags, *own, "--report_to", "none", "--logging_strategy", "epoch", "--save_total_limit", "1"]
-        argv += ["--disable_tqdm", "true"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run = subprocess.run([sys.executable, SCRIPT, *argv], capture_output=True, text=True, check=False)
-        if run.returncode != 0:
-            raise RuntimeError(f"{arm}, seed {seed} ended with status {run.returncode}: {run.stderr[-2000:]}")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        results = json.loads(Path(folder, "all_results.json").read_text())
-        state = json.loads(Path(folder, "trainer_state.json").read_text())
-        steps = state["max_steps"] / state["num_train_epochs"]
-        prefix = "test" if "test_f1" in results else "eval"
-        line = {"arm": arm, "seed": seed, "flags": name_of(flags)}
-        line |= {name: results[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc")}
-        line["eval_loss"] = results[f"{prefix}_loss"]
-        line["train_nll"], line["test_nll"] = nlls([*argv, "--model_name_or_path", folder])
-        line["best_epoch"] = round(state["best_global_step"] / steps)
-        line["kl"] = " ".join(f"{entry['kl']:.3g}" for entry in state["log_history"] if "kl" in entry)
-        line["train_seconds"] = results["train_runtime"]
-        line["cpu_seconds"] = round(sum(after[:2]) - sum(before[:2]), 1)
-        line["machine"] = machine()
-        return line
-
-
-def nlls(argv):
-    """Unsmoothed negative log-likelihood, dropout off, of the training and of the test examples of a run: two means."""
+def measure(argv):
+    """Print the mean unsmoothed negative log-likelihood, dropout off, of a run's training and test examples."""
     import torch
     from transformers import DataCollatorWithPadding, Trainer
 
-    sys.path.insert(0, str(SCRIPT.parent))
     from train_rdrop import load_model, load_splits, parse_args, tokenize
 
     args = parse_args(argv)
     splits = load_splits(args)
     tokenizer, model = load_model(args, splits["train"].features["labels"].names)
     data = tokenize(splits, tokenizer, args)
-    trainer = Trainer(model, args, DataCollatorWithPadding(tokenizer), eval_dataset=data["test"])
-    means = []
-    for split in ("train", "test"):
-        output = trainer.predict(data[split])
+    trainer = Trainer(model, args, DataCollatorWithPadding(tokenizer), eval_dataset=data["train"])
+    line = {}
+    for name, split in (("train_nll", data["train"]), ("test_nll", data.get("test", data.get("validation")))):
+        output = trainer.predict(split)
         logits, labels = torch.from_numpy(output.predictions).double(), torch.from_numpy(output.label_ids)
-        means.append(torch.nn.functional.cross_entropy(logits, labels).item())
-    return means
+        line[name] = torch.nn.functional.cross_entropy(logits, labels).item()
+    print(json.dumps(line | {"machine": machine()}))
 
 
 def machine():
@@ -131,7 +140,7 @@ def read(file, flags):
         with open(file, newline="") as lines:
             for line in csv.DictReader(lines):
                 if line["flags"] == name_of(flags):
-                    figures = {name: float(line[name]) for name in COLUMNS[3:9] + COLUMNS[11:13]}
+                    figures = {name: float(line[name]) for name in NUMBERS}
                     gap = figures["test_nll"] - figures["train_nll"]
                     found[line["arm"], int(line["seed"])] = {**line, **figures, "gap": gap}
     return found
@@ -153,13 +162,12 @@ def run_all(todo, options, flags, epochs):
 
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     gpus = gpus if gpus != [""] else [str(i) for i in range(torch.cuda.device_count())]
-    context = multiprocessing.get_context("spawn")
-    devices = context.SimpleQueue()
+    devices = queue.SimpleQueue()
     for job in range(options.jobs):
         devices.put(gpus[job % len(gpus)] if gpus else None)
     begin = time.monotonic()
-    with ProcessPoolExecutor(options.jobs, context, set_up_worker, (devices,)) as pool:
-        runs = [pool.submit(train_once, arm, seed, flags, epochs) for arm, seed in todo]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = [pool.submit(train_once, arm, seed, flags, epochs, devices) for arm, seed in todo]
         try:
             for done, run in enumerate(as_completed(runs), 1):
                 line = run.result()
@@ -169,6 +177,8 @@ def run_all(todo, options, flags, epochs):
                 print(f"{done} of {len(todo)} runs; {figures}; some {left / 60:.0f} minutes left", flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True, wait=False)
+            for process in RUNNING:
+                process.terminate()
             raise
 
 
@@ -199,7 +209,7 @@ def show(found, arms, seeds):
             cells = [spread([run[name] for run in runs]) for name in FIGURES]
             seconds = statistics.median(run["train_seconds"] for run in runs)
             print(f"| {arm} | {len(runs)} | {' | '.join(cells)} | {seconds:.0f} |")
-    print(f"\n| difference | seeds | {' | '.join(FIGURES)} |\n|---|---|{'---|' * len(FIGURES)}")
+    print(f"\n| difference | seeds | {' | '.join(FIGURES)} | needed |\n|---|---|{'---|' * (len(FIGURES) + 1)}")
     for one, two in PAIRS + [(arm, "smooth") for arm in arms if arm.startswith("alpha=")]:
         common = [seed for seed in seeds if (one, seed) in found and (two, seed) in found]
         if one in arms and two in arms and len(common) > 1:
@@ -209,11 +219,10 @@ def show(found, arms, seeds):
                 mean, width = paired(differences)
                 better = sum(d > 0 if name in FIGURES[:3] else d < 0 for d in differences)
                 cells.append(f"{mean:+.4f} ± {width:.4f} ({better})")
-            print(f"| {one} - {two} | {len(common)} | {' | '.join(cells)} |")
             differences = [found[one, seed]["f1"] - found[two, seed]["f1"] for seed in common]
-            if np.ptp(differences) > 0:
-                print(f"  seeds to see half a point of F1: {seeds_needed(differences, 0.005)}")
-    print("\nIn brackets: seeds in favour of the first.")
+            needed = seeds_needed(differences, 0.005) if np.ptp(differences) > 0 else "-"
+            print(f"| {one} - {two} | {len(common)} | {' | '.join(cells)} | {needed} |")
+    print("\nIn brackets: seeds in favour of the first. Last: seeds that half a point of F1 would need to show.")
     for arm in arms:
         kls = [[float(kl) for kl in found[arm, seed]["kl"].split()] for seed in seeds if (arm, seed) in found]
         if kls and kls[0]:
@@ -224,7 +233,7 @@ def spread(values):
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -232,8 +241,10 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="default: 42 43 44")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: tests/arms.csv")
-    options, flags = parser.parse_known_args()
-    sys.path.insert(0, str(SCRIPT.parent))
+    options, flags = parser.parse_known_args(argv)
+    for arm in options.arms:
+        if arm not in ARMS and not arm.removeprefix("alpha=").replace(".", "", 1).isdecimal():
+            parser.error(f"no arm is called {arm}: there are {', '.join(ARMS)}, alpha=A")
     from train_rdrop import parse_args
 
     epochs = parse_args(flags).num_train_epochs
@@ -246,4 +257,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(SCRIPT.parent))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the runs
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2:])
+    else:
+        main()

@@ -77,15 +77,15 @@ def pytest_configure(config):
     CONFIG = config
 
 
-def start_here(argv, folder, env, log, prelude):
-    """Become `python train_rdrop.py *argv` in `folder`, output to `log`.out and `log`.err; `prelude` is run first."""
+def start_here(argv, folder, env, log, prelude, script=SCRIPT):
+    """Become `python script *argv` in `folder`, output to `log`.out and `log`.err; `prelude` is run first."""
     os.chdir(folder)
     os.environ.update(env)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-    sys.argv = [str(SCRIPT), *argv]
+    sys.argv = [str(script), *argv]
     exec(prelude, {})
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def on(event, code):
@@ -103,12 +103,12 @@ def on(event, code):
 class Run:
     """The script, started in the background: `wait()` for it, `process.kill()` it, look at what it wrote."""
 
-    def __init__(self, argv, folder, env=None, name="run", prelude=""):
+    def __init__(self, argv, folder, env=None, name="run", prelude="", script=SCRIPT):
         self.folder = Path(folder)
         self.log = self.folder / name
         for stream in ("out", "err"):
             Path(f"{self.log}.{stream}").touch()
-        arguments = ([str(a) for a in argv], folder, env or {}, self.log, prelude)
+        arguments = ([str(a) for a in argv], folder, env or {}, self.log, prelude, script)
         self.process = server.Process(target=start_here, args=arguments)
         self.process.start()
 

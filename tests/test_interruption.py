@@ -221,7 +221,8 @@ def test_signals_to_the_process_group_end_data_loader_workers_too(argv, tmp_path
             status, words = ends[number]
             err = (folder / "err").read_text() if run.wait(30) is not None else ""
             assert run.returncode == status and len(said(err)) == 1 and words in said(err)[0], err
-            noise = [line for line in err.splitlines() if not re.search(r"\d+/\d+ \[|^train_rdrop.py: |^[. \x1b\[A]*$", line)]
+            bars = r"\d+/\d+ \[|^train_rdrop.py: |^[. \x1b\[A]*$"
+            noise = [line for line in err.splitlines() if not re.search(bars, line)]
             assert noise == []
     finally:
         for _, run in outputs.values():
