@@ -98,6 +98,7 @@ class RDropArguments(TrainingArguments):
     early_stopping_threshold: float = flag(0.01, "Gain that counts")
     restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the patience left")
     logging_steps: float = flag(50, "Steps between two logs")
+    hub_strategy: str = flag("end", "When to push")
     report_to: list[str] = HfArg(default_factory=lambda: ["tensorboard"], help="Where curves go, or none")
     logging_dir: str = flag("./logs_rdrop", "TensorBoard's folder, with one for each run")
     logging_nan_inf_filter: bool = flag(False, "Hide losses that are not finite")
@@ -127,7 +128,8 @@ class RDropArguments(TrainingArguments):
 
 def parse_args(argv=None) -> RDropArguments:
     """Read `argv` (strings) or the command line; raises for unknown flags and values that cannot be had."""
-    parser = HfArgumentParser(RDropArguments, description=__doc__[:80], allow_abbrev=False, exit_on_error=False)
+    title = __doc__.partition("\n")[0]
+    parser = HfArgumentParser(RDropArguments, description=title, allow_abbrev=False, exit_on_error=False)
     args, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     if unknown:  # without their values, which may be tokens
         flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
@@ -139,7 +141,7 @@ def parse_args(argv=None) -> RDropArguments:
 
 
 # ------------ output and resume
-# Beginnings of the flags that do not decide the result; of those of the batch, the effective batch does.
+# Beginnings of the flags that may change on resuming; for those of the batch, `effective_batch` may not.
 FREE_FLAGS = re.compile(
     "output_dir|resume_|per_device_|gradient_|activation_|eval_accum|save_|log|report_to|run_name"
     "|include_|disable_tqdm|hub_|push_|dataloader_(num|p)|ddp_|local_rank|use_cpu|enable_jit"
@@ -148,7 +150,7 @@ FREE_FLAGS = re.compile(
 
 def newest_complete(checkpoints) -> Path | None:
     """The newest of `checkpoints` (folders) that holds all that a run needs: Trainer would do without some."""
-    for checkpoint in sorted(checkpoints, key=lambda folder: int(re.sub(r"\D", "", folder.name) or 0), reverse=True):
+    for checkpoint in sorted(checkpoints, key=lambda path: int(re.findall(r"\d+", f"{path.name} 0")[0]), reverse=True):
         files = ("*model*", "optimizer*", "scheduler.pt", "rng_state*.pth", "trainer_state.json")  # as written
         missing = [file for file in files if not any(checkpoint.glob(file))]
         if not missing:
@@ -196,8 +198,10 @@ def claim_output_dir(args: RDropArguments, checkpoint: Path | None) -> Path:
                 if not in_place and any(file.parent.glob(name)):
                     ways = "resume by --resume_from_checkpoint last, remove the folder, or choose another --output_dir"
                     raise UserError(f"{args.output_dir} holds an earlier run ({name}): {ways}")
-            with open(file, "w" if in_place else "x") as output:
+            new = file.with_suffix(".new") if in_place else file
+            with open(new, "w" if in_place else "x") as output:
                 json.dump(arguments_of(args), output, indent=2)
+            new.replace(file)  # at once: a full disk must not cost the old one
     return file
 
 
@@ -335,6 +339,7 @@ def load_model(args: RDropArguments, names: list[str]):
             args.model_name_or_path,
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
+            problem_type="single_label_classification",  # pipelines read it
             dtype=torch.float32,  # not the checkpoint's: fp16 needs float32 weights to update
             ignore_mismatched_sizes=True,  # a head for other labels gives way to a new one
             output_loading_info=True,
@@ -355,7 +360,7 @@ def load_model(args: RDropArguments, names: list[str]):
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
     # -1 and 10**30 stand for no limit, 512 is the recipe's; saved, so that a pipeline truncates alike
     tokenizer.model_max_length = min([limit for limit in limits if limit and 0 < limit < 1_000_000], default=512)
-    tokenizer("", truncation=True)  # sets its truncation, by which `datasets` knows its cached results
+    tokenizer("", truncation=True)  # sets its truncation, which is part of the key of `datasets`' cache
     return tokenizer, model
 
 
@@ -394,7 +399,8 @@ class RDropTrainer(Trainer):
 
     Evaluation runs it once: without dropout both passes are equal, and CE is the whole loss. `ce` and `kl`, means over
     all processes since the last log, stand in the log beside `loss`. Label smoothing is `args.label_smoothing_factor`;
-    all arguments but `alpha` are `Trainer`'s. `FloatingPointError` before the next log after a loss that is not finite.
+    all arguments but `alpha` are `Trainer`'s. After a loss that is not finite, the next log or save raises
+    `FloatingPointError`; as it looks at all processes, all must call `save_model`.
     """
 
     loss_is_scaled_for_ga = False  # a mean over each micro-batch: Trainer divides by the accumulation steps
@@ -465,6 +471,7 @@ class RunCallback(TrainerCallback):
         self.started = True
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.started = True  # also where a finished run was resumed
         best = Path(state.best_model_checkpoint or f"checkpoint-{state.best_global_step}")
         if args.load_best_model_at_end and state.best_global_step and not any(best.glob("*model*")):
             raise UserError(f"the best checkpoint, {best}, holds no model: all machines must share --output_dir")
@@ -543,6 +550,7 @@ def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
         results |= metrics
     trainer.save_metrics("all", results, combined=False)
     trainer.save_state()
+    # of the last split
     figures = {name: metrics[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc") if f"{prefix}_{name}" in metrics}
     if trainer.is_world_process_zero() and "tensorboard" in args.report_to:
         compared = ("rdrop_alpha", "label_smoothing_factor", "learning_rate", "num_train_epochs", "seed")
@@ -554,7 +562,7 @@ def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
     args.distributed_state.print(f"\n{'Test' if 'test' in splits else 'Validation'} split: {summary} ({about})")
     if args.push_to_hub:  # which saves the model first
         on_hub = None if args.train_file or os.path.isdir(args.dataset_name) else args.dataset_name
-        trainer.push_to_hub(dataset=args.dataset_name, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
+        trainer.push_to_hub(dataset=on_hub, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
     else:
         trainer.save_model()
     classify = f'pipeline("text-classification", {json.dumps(args.output_dir)}, truncation=True)'
@@ -579,7 +587,7 @@ def main(argv=None) -> dict[str, float]:
         return run(args, callback)
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers may send a second one
-        if callback.claim and not any(callback.claim.parent.glob("checkpoint-*")):
+        if callback.claim and not any(re.match("checkpoint-|.*_results", file) for file in os.listdir(args.output_dir)):
             callback.claim.unlink(missing_ok=True)  # nothing is lost: the folder is free again
         if args and args.log_level == "debug":
             raise
@@ -596,15 +604,15 @@ def main(argv=None) -> dict[str, float]:
         elif not isinstance(error, UserError):
             if callback.started:
                 raise
-            line = f"{type(error).__name__}: {line}"
+            line = f"{type(error).__name__}: {line} (--log_level debug shows where)"
             if callback.checkpoint:
                 line = f"cannot read {callback.checkpoint} ({line}): remove it and resume from the one before"
         if status != 2 and args and not isinstance(error, FloatingPointError):
             checkpoint = newest_complete(Path(args.output_dir).glob("checkpoint-*"))
             resume = f"To go on from {checkpoint}, add --resume_from_checkpoint last to the same command"
             line += f". {resume if checkpoint else 'No checkpoint has been saved'}."
-        below = "\n" * bool(callback.started or callback.checkpoint)  # below the progress bar
-        logger.error(f"{below}train_rdrop.py: {' '.join(line.split())}")
+        # below the progress bar, if there is one
+        logger.error("\n" * bool(callback.started or callback.checkpoint) + f"train_rdrop.py: {' '.join(line.split())}")
         sys.exit(status)
 
 

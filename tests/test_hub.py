@@ -12,10 +12,11 @@ from local_hub import Hub
 
 TOKEN = "hf_made_up_and_secret"
 TRAIN = ["--model_name_or_path", "owner/tiny-roberta", "--dataset_name", "owner/tiny-imdb", "--num_train_epochs", "1"]
+OWN = ["--train_file", "{tiny}/data/train.parquet", "--test_file", "{tiny}/data/test.parquet"]
 LOGIN = ["--hub_token", TOKEN]
 STARTS = {
     "push": [*TRAIN, *LOGIN, "--push_to_hub", "--hub_model_id", "somebody/reviews"],
-    "gone": [*TRAIN, *LOGIN, "--push_to_hub", "--hub_model_id", "somebody/gone"],
+    "gone": [*TRAIN, *OWN, *LOGIN, "--push_to_hub", "--hub_model_id", "somebody/gone"],
     "no login": [*TRAIN, "--push_to_hub", "--hub_model_id", "somebody/reviews"],
     "no data": ["--dataset_name", "owner/nothing"],
     "no model": ["--dataset_name", "owner/tiny-imdb", "--model_name_or_path", "owner/nothing"],
@@ -47,12 +48,12 @@ def hub(tiny):
 
 
 @pytest.fixture(scope="module")
-def runs(hub, tmp_path_factory):
+def runs(hub, tiny, tmp_path_factory):
     """What each of `STARTS`, all at the same time, has left behind: (status, stdout, stderr, folder)."""
     env = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
     env |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path_factory.mktemp("hub_home"))}
     folders = {name: tmp_path_factory.mktemp("hub") for name in STARTS}
-    todo = [(flags, str(folders[name])) for name, flags in STARTS.items()]
+    todo = [([flag.format(tiny=tiny) for flag in flags], str(folders[name])) for name, flags in STARTS.items()]
     command = [sys.executable, "-c", FORKS, str(Path(__file__).parent), json.dumps(todo)]
     statuses = json.loads(subprocess.run(command, env=env, capture_output=True, check=True, timeout=200).stdout)
     outputs = [[(folder / f"run.{stream}").read_text() for stream in ("out", "err")] for folder in folders.values()]
@@ -68,6 +69,7 @@ def test_model_and_data_from_the_hub_and_result_to_it(runs, hub):
     wanted = {"model.safetensors", "config.json", "tokenizer.json", "README.md", "arguments.json", "all_results.json"}
     assert wanted <= pushed.keys()
     assert not any(name.startswith("checkpoint-") for name in pushed)
+    assert sum("somebody/reviews/commit/" in request for request in hub.asked) == 1, "pushed once, at the end"
     card = pushed["README.md"].decode()
     assert "owner/tiny-imdb" in card and "owner/tiny-roberta" in card and "- F1:" in card and "- Auc:" in card
     assert "- r-drop\n" in card and "- label-smoothing\n" in card
@@ -100,6 +102,7 @@ def test_hub_that_is_gone_at_the_end_costs_no_result(runs):
     assert "eval_f1" in json.loads((results / "all_results.json").read_text())
     assert "eval_f1" in json.loads((results / "eval_results.json").read_text())
     assert (results / "model.safetensors").stat().st_size > 0 and (results / "tokenizer.json").is_file()
+    assert "imdb" not in (results / "README.md").read_text(), "the card does not name a data set that was not used"
 
 
 def test_no_login_is_found_out_before_training(runs):

@@ -70,10 +70,11 @@ def test_start_line_tells_the_length_used(start, asked, used):
 
 
 def test_head_for_other_labels_is_replaced(start, tmp_path):
-    tiny_imdb.write_model(tmp_path / "model", num_labels=5)
+    tiny_imdb.write_model(tmp_path / "model", num_labels=5, problem_type="multi_label_classification")
     run = start("--model_name_or_path", "model", *SHORT).wait()
     assert run.status == 0, run.err
-    assert run.json("config.json")["id2label"] == {"0": "neg", "1": "pos"}
+    config = run.json("config.json")
+    assert config["id2label"] == {"0": "neg", "1": "pos"} and config["problem_type"] == "single_label_classification"
 
 
 def test_tokenizer_with_more_tokens_than_the_model_has(start, tmp_path):

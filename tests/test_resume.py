@@ -105,7 +105,9 @@ def test_flags_that_do_not_decide_the_result_may_change(resume, finished):
     assert figures[0] == figures[1]
 
 
-def test_more_epochs_go_on_with_a_word(resume):
+def test_more_epochs_go_on_with_a_word(resume, tmp_path):
+    checkpoints = tmp_path / "results_rdrop"
+    shutil.copytree(checkpoints / "checkpoint-8", checkpoints / "checkpoint-8-copy2")  # is not newer than 16
     run = resume("--num_train_epochs", "3").wait()
     assert run.status == 0 and "More epochs than the run began with" in run.err, run.err
     assert run.json("trainer_state.json")["global_step"] == 24 and "steps 16 to 24" in run.out
@@ -124,6 +126,18 @@ def test_checkpoint_that_cannot_be_read_is_named(resume, tmp_path, file, share):
         shutil.rmtree(path.parent)
         run = resume("--num_train_epochs", "3").wait()
         assert run.status == 0 and "steps 8 to 24" in run.out, run.err
+
+
+def test_error_after_training_is_not_blamed_on_the_checkpoint(resume):
+    run = resume(prelude="import transformers as t\nt.Trainer.predict = None").wait()
+    assert run.status == 1 and "Traceback" in run.err and run.said == [], run.err
+
+
+def test_disk_that_is_full_on_resuming_costs_no_file(resume, tmp_path):
+    full = "import errno, json\ndef dump(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\njson.dump = dump"
+    before = (tmp_path / "results_rdrop" / "arguments.json").read_text()
+    resume(prelude=full).wait().assert_one_line(1, "the disk is full", "--resume_from_checkpoint last")
+    assert (tmp_path / "results_rdrop" / "arguments.json").read_text() == before
 
 
 def test_best_checkpoint_without_a_model_ends_in_one_line(start):
