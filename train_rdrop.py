@@ -25,6 +25,7 @@ import re
 import shlex
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -115,9 +116,10 @@ class RDropArguments(TrainingArguments):
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # torch would warn in every epoch
         super().__post_init__()
         RDropLoss(self.rdrop_alpha, self.label_smoothing_factor)  # refuses what it cannot take
-        for name in ("max_length", "max_train_samples", "max_eval_samples", "gradient_accumulation_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}")
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*sizes, "max_length", "max_train_samples", "max_eval_samples", "num_train_epochs"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"--{name} must be more than 0, not {value}")
         if len({self.text_column, self.label_column, self.text_pair_column}) < 3:
             raise ValueError("--text_column, --label_column and --text_pair_column must differ")
         if (self.validation_file or self.test_file) and not self.train_file:
@@ -196,8 +198,8 @@ def claim_output_dir(args: RDropArguments, checkpoint: Path | None) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             for name in ("checkpoint-*", "*.safetensors", "*.bin", "*.json"):
                 if not in_place and any(file.parent.glob(name)):
-                    ways = "resume by --resume_from_checkpoint last, remove the folder, or choose another --output_dir"
-                    raise UserError(f"{args.output_dir} holds an earlier run ({name}): {ways}")
+                    ways = "choose another --output_dir, resume by --resume_from_checkpoint last, or remove the folder"
+                    raise UserError(f"{args.output_dir} holds an earlier run or a model ({name}): {ways}")
             new = file.with_suffix(".new") if in_place else file
             with open(new, "w" if in_place else "x") as output:
                 json.dump(arguments_of(args), output, indent=2)
@@ -218,10 +220,11 @@ def read(name: str, builder: str, *config, **options):
 
 def read_file(path: str) -> Dataset:
     """A csv, tsv, json, jsonl or parquet file, also .gz; in csv and tsv only empty fields are missing."""
-    kind = path.removesuffix(".gz").rsplit(".", 1)[-1]
+    kind = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if kind in ("csv", "tsv"):
-        missing = {"keep_default_na": False, "na_values": [""]}
-        return read(path, "csv", data_files=path, split="train", sep="," if kind == "csv" else "\t", **missing)
+        warnings.filterwarnings("error", "Length of header")  # more fields than names: an unquoted separator in a text
+        options = {"sep": "," if kind == "csv" else "\t", "keep_default_na": False, "na_values": [""]}
+        return read(path, "csv", data_files=path, split="train", index_col=False, **options)
     if kind in ("json", "jsonl", "parquet"):
         return read(path, kind.removesuffix("l"), data_files=path, split="train")
     raise UserError(f"{path} does not end in .csv, .tsv, .json, .jsonl or .parquet")
@@ -293,12 +296,13 @@ def load_splits(args: RDropArguments) -> DatasetDict:
             splits[split] = cleaned
     fraction = args.validation_fraction
     if fraction and "validation" in splits:
-        raise UserError("a validation split is there: leave out --validation_fraction, or: --validation_split none")
+        raise UserError("a validation split is there: leave out --validation_fraction (or: --validation_split none)")
     if fraction:
         parts = splits["train"].train_test_split(fraction, stratify_by_column="labels", seed=args.seed)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     if len(splits) == 1:
-        raise UserError("there is no validation or test split: use --validation_fraction 0.1 or --validation_split")
+        ways = "--validation_fraction 0.1, --validation_file or --validation_split"
+        raise UserError(f"there is no validation or test split to choose the checkpoint: give {ways}")
     for split, rows in splits.items():
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
         if limit is not None and limit < len(rows):
@@ -457,6 +461,7 @@ class RunCallback(TrainerCallback):
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
         if best.is_dir():  # where it is now: the folder may have been moved
             state.best_model_checkpoint = str(best)
+        self.started = state.global_step >= state.max_steps  # a run that was resumed after its end begins no step
         batch = arguments_of(args)["effective_batch"]
         args.distributed_state.print(f"effective batch {batch}, steps {state.global_step} to {state.max_steps}")
 
@@ -471,7 +476,6 @@ class RunCallback(TrainerCallback):
         self.started = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.started = True  # also where a finished run was resumed
         best = Path(state.best_model_checkpoint or f"checkpoint-{state.best_global_step}")
         if args.load_best_model_at_end and state.best_global_step and not any(best.glob("*model*")):
             raise UserError(f"the best checkpoint, {best}, holds no model: all machines must share --output_dir")
@@ -607,7 +611,7 @@ def main(argv=None) -> dict[str, float]:
             line = f"{type(error).__name__}: {line} (--log_level debug shows where)"
             if callback.checkpoint:
                 line = f"cannot read {callback.checkpoint} ({line}): remove it and resume from the one before"
-        if status != 2 and args and not isinstance(error, FloatingPointError):
+        if status != 2 and args and not isinstance(error, (FloatingPointError, UserError)):
             checkpoint = newest_complete(Path(args.output_dir).glob("checkpoint-*"))
             resume = f"To go on from {checkpoint}, add --resume_from_checkpoint last to the same command"
             line += f". {resume if checkpoint else 'No checkpoint has been saved'}."

@@ -437,6 +437,11 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
     "empty train split": ("", {"train.csv": [], "test.csv": GOOD}, ["cannot read data ("]),
     "ragged csv": ("", {"train.csv": [*GOOD, "a,b,c,d"], "test.csv": GOOD}, ["Expected 2 fields in line 6, saw 4"]),
     "other columns": ("", {"train.csv": GOOD, "test.jsonl": ['{"text": "a"}']}, ["cannot read data (", "same columns"]),
+    "comma that is not quoted": (
+        FILES,
+        {"train.csv": ["dull, and so,0", "fine, and so,1"], "test.csv": GOOD},
+        ["cannot read data/train.csv (ParserWarning: Length of header", "separated by commas"],
+    ),
     "latin-1 csv": (FILES, {"train.csv": [*GOOD, LATIN], "test.csv": GOOD}, ["data/train.csv (Uni", "UTF-8"]),
     "latin-1 test file": (FILES, {"train.csv": GOOD, "test.csv": [LATIN]}, ["data/test.csv (Uni", "UTF-8"]),
     "latin-1 jsonl": (

@@ -134,7 +134,7 @@ def test_error_after_training_is_not_blamed_on_the_checkpoint(resume):
 
 
 def test_disk_that_is_full_on_resuming_costs_no_file(resume, tmp_path):
-    full = "import errno, json\ndef dump(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\njson.dump = dump"
+    full = "import errno, json\ndef dump(*_, **__): raise OSError(errno.ENOSPC, 'No space left')\njson.dump = dump"
     before = (tmp_path / "results_rdrop" / "arguments.json").read_text()
     resume(prelude=full).wait().assert_one_line(1, "the disk is full", "--resume_from_checkpoint last")
     assert (tmp_path / "results_rdrop" / "arguments.json").read_text() == before
