@@ -557,9 +557,10 @@ def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
     # of the last split
     figures = {name: metrics[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc") if f"{prefix}_{name}" in metrics}
     if trainer.is_world_process_zero() and "tensorboard" in args.report_to:
-        compared = ("rdrop_alpha", "label_smoothing_factor", "learning_rate", "num_train_epochs", "seed")
-        settings = {name: arguments_of(args)[name] for name in (*compared, "model_name_or_path", "effective_batch")}
-        settings["data"] = args.train_file or args.dataset_name
+        settings = {"alpha": args.rdrop_alpha, "smoothing": args.label_smoothing_factor, "seed": args.seed}
+        settings |= {"model": args.model_name_or_path, "data": args.train_file or args.dataset_name}
+        settings |= {"learning_rate": args.learning_rate, "epochs": args.num_train_epochs}
+        settings["batch"] = arguments_of(args)["effective_batch"]
         with SummaryWriter(curves) as writer:
             writer.add_hparams(settings, {f"final/{name}": value for name, value in figures.items()}, run_name=".")
     summary = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())

@@ -120,9 +120,9 @@ def test_smoke(tmp_path):
     assert b'"rdrop_alpha": 5.0' in shown and b'"model_name_or_path": "tiny/model"' in shown
 
     # the settings and final figures by which TensorBoard compares runs
-    settings = {"rdrop_alpha": 5, "label_smoothing_factor": 0.1, "learning_rate": 1e-3, "effective_batch": 16}
-    settings |= {"num_train_epochs": 20, "seed": 42, "model_name_or_path": "tiny/model", "data": "tiny/data"}
-    assert hparams(folder) == settings
+    paths = {"model": "tiny/model", "data": "tiny/data"}
+    settings = {"alpha": 5, "smoothing": 0.1, "seed": 42, "learning_rate": 1e-3, "epochs": 20, "batch": 16}
+    assert hparams(folder) == settings | paths
     for name in ("accuracy", "f1", "auc"):
         assert [value for _, value in logged[f"final/{name}"]] == [pytest.approx(metrics[f"eval_{name}"])], name
 
@@ -153,7 +153,7 @@ def test_summary_of_the_run_is_about_the_test_split(short):
     for name in names:
         assert [value for _, value in logged[f"final/{name}"]] == [pytest.approx(figures[f"test_{name}"])], name
     assert {tag for tag in logged if tag.startswith("test/")} == set()
-    assert hparams(folder)["effective_batch"] == 8 and hparams(folder)["num_train_epochs"] == 1
+    assert hparams(folder)["batch"] == 8 and hparams(folder)["epochs"] == 1
     said = ", ".join(f"{name} {figures['test_' + name]:.4f}" for name in names)
     assert f"Test split: {said} (F1 and AUC of neg)" in run.out.splitlines()
 
