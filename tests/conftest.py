@@ -61,14 +61,18 @@ def pytest_runtest_logreport(report):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
     """Run this lane's tests, and then report those of the second as if they had been run here."""
-    result = yield
     config = session.config
+    try:
+        result = yield
+    except BaseException:
+        if hasattr(config, "second"):
+            config.second.terminate()
+        raise
     if hasattr(config, "second"):
-        status = config.second.wait()
+        assert config.second.wait() in (0, 1), Path(f"{config.lane}.out").read_text()
         for line in Path(config.lane).read_text().splitlines():
             report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
             config.hook.pytest_runtest_logreport(report=report)
-        assert status in (0, 1), Path(f"{config.lane}.out").read_text()
     return result
 
 
