@@ -43,6 +43,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = second
     elif 0 < len(second) < len(items) and not config.option.collectonly and not config.option.usepdb:
         items[:] = [item for item in items if item not in second]
+        config.tests_of_second = len(second)
         config.lane = tempfile.mkdtemp() + "/reports"
         command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
         with open(f"{config.lane}.out", "w") as out:
@@ -62,6 +63,7 @@ def pytest_runtest_logreport(report):
 def pytest_runtestloop(session):
     """Run this lane's tests, and then report those of the second as if they had been run here."""
     config = session.config
+    session.testscollected += getattr(config, "tests_of_second", 0)  # by which progress is shown
     try:
         result = yield
     except BaseException:
