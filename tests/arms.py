@@ -40,9 +40,11 @@ ARMS = {
     "smooth_twice": ["--rdrop_alpha", "0", "--label_smoothing_factor", "0.1"],
     "two_pass": ["--rdrop_alpha", "1e-9", "--label_smoothing_factor", "0.1"],
 }
-PAIRS = [("both", "ce"), ("both", "smooth"), ("both", "smooth_twice"), ("rdrop", "ce"), ("smooth", "ce")]
-PAIRS += [("two_pass", "smooth"), ("smooth_twice", "smooth")]
-FIGURES = ["accuracy", "f1", "auc", "eval_loss", "train_nll", "test_nll", "gap"]
+PAIRS = [("both", "ce"), ("both", "smooth"), ("both", "smooth_twice"), ("both", "two_pass")]
+PAIRS += [("rdrop", "ce"), ("smooth", "ce"), ("two_pass", "smooth"), ("smooth_twice", "smooth")]
+SHARES = ["accuracy", "f1", "auc"]  # shown in percent
+FIGURES = [*SHARES, "eval_loss", "train_nll", "test_nll", "gap"]  # nats; the gap is test_nll - train_nll
+COMPARED = [name for name in FIGURES if name != "train_nll"]  # less of it is neither better nor worse
 COLUMNS = ["arm", "seed", "flags", *FIGURES[:-1], "best_epoch", "kl", "train_seconds", "cpu_seconds", "machine"]
 NUMBERS = [*FIGURES[:-1], "best_epoch", "train_seconds", "cpu_seconds"]
 RUNNING = []  # processes, to be ended with this one
@@ -200,37 +202,45 @@ def seeds_needed(differences, effect):
         n += 1
 
 
+def cell(mean, width, name, sign=""):
+    """`mean ± width` of the figure `name`: accuracy, F1 and AUC in percent, losses in nats."""
+    scale, digits = (100, 2) if name in SHARES else (1, 3)
+    spread = "" if math.isnan(width) else f" ± {scale * width:.{digits}f}"
+    return f"{scale * mean:{sign}.{digits}f}{spread}"
+
+
 def show(found, arms, seeds):
     """Print the tables of the runs in `found`."""
-    print(f"| arm | seeds | {' | '.join(FIGURES)} | train s |\n|---|---|{'---|' * (len(FIGURES) + 1)}")
+    print(f"| arm | seeds | {' | '.join(FIGURES)} | train s | CPU s |\n|---|---|{'---|' * (len(FIGURES) + 2)}")
     for arm in arms:
         runs = [found[arm, seed] for seed in seeds if (arm, seed) in found]
         if runs:
-            cells = [spread([run[name] for run in runs]) for name in FIGURES]
-            seconds = statistics.median(run["train_seconds"] for run in runs)
-            print(f"| {arm} | {len(runs)} | {' | '.join(cells)} | {seconds:.0f} |")
-    print(f"\n| difference | seeds | {' | '.join(FIGURES)} | needed |\n|---|---|{'---|' * (len(FIGURES) + 1)}")
+            columns = {name: [run[name] for run in runs] for name in FIGURES}
+            stds = {name: statistics.stdev(column) if len(runs) > 1 else math.nan for name, column in columns.items()}
+            cells = [cell(statistics.mean(column), stds[name], name) for name, column in columns.items()]
+            times = [f"{statistics.median(run[f'{name}_seconds'] for run in runs):.0f}" for name in ("train", "cpu")]
+            print(f"| {arm} | {len(runs)} | {' | '.join([*cells, *times])} |")
+    print(f"\n| difference | seeds | {' | '.join(COMPARED)} | needed |\n|---|---|{'---|' * (len(COMPARED) + 1)}")
     for one, two in PAIRS + [(arm, "smooth") for arm in arms if arm.startswith("alpha=")]:
         common = [seed for seed in seeds if (one, seed) in found and (two, seed) in found]
-        if one in arms and two in arms and len(common) > 1:
-            cells = []
-            for name in FIGURES:
-                differences = [found[one, seed][name] - found[two, seed][name] for seed in common]
-                mean, width = paired(differences)
-                better = sum(d > 0 if name in FIGURES[:3] else d < 0 for d in differences)
-                cells.append(f"{mean:+.4f} ± {width:.4f} ({better})")
-            differences = [found[one, seed]["f1"] - found[two, seed]["f1"] for seed in common]
-            needed = seeds_needed(differences, 0.005) if np.ptp(differences) > 0 else "-"
-            print(f"| {one} - {two} | {len(common)} | {' | '.join(cells)} | {needed} |")
-    print("\nIn brackets: seeds in favour of the first. Last: seeds that half a point of F1 would need to show.")
+        if one not in arms or two not in arms or len(common) < 2:
+            continue
+        same_loss = arm_flags(one, 1)[3] == arm_flags(two, 1)[3]  # with another smoothing it is another figure
+        cells = []
+        for name in COMPARED:
+            differences = [found[one, seed][name] - found[two, seed][name] for seed in common]
+            better = sum(d > 0 if name in SHARES else d < 0 for d in differences)
+            known = name != "eval_loss" or same_loss
+            cells.append(f"{cell(*paired(differences), name, sign='+')} ({better})" if known else "-")
+        differences = [found[one, seed]["f1"] - found[two, seed]["f1"] for seed in common]
+        needed = seeds_needed(differences, 0.005) if np.ptp(differences) > 0 else "-"
+        print(f"| {one} - {two} | {len(common)} | {' | '.join(cells)} | {needed} |")
+    print("\nShares in percent, losses in nats; gap: test_nll - train_nll; times: medians. Brackets: seeds in favour")
+    print("of the first. Needed: seeds with which 80 % of such comparisons would show half a point of F1.")
     for arm in arms:
         kls = [[float(kl) for kl in found[arm, seed]["kl"].split()] for seed in seeds if (arm, seed) in found]
         if kls and kls[0]:
             print(f"KL by epoch, {arm}: " + ", ".join(f"{np.mean(epoch):.4f}" for epoch in zip(*kls, strict=True)))
-
-
-def spread(values):
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def main(argv=None):

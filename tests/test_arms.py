@@ -58,10 +58,12 @@ def test_interrupted_comparison_goes_on_where_it_stopped(compare, tmp_path, caps
     found = arms.read(tmp_path / "arms.csv", [*ARMS[6:], *map(str, argv), "--max_train_samples", "32"])
     loss = {arm: [found[arm, seed]["eval_loss"] for seed in (1, 2)] for arm in ("smooth", "both")}
     low, high = stats.ttest_rel(loss["both"], loss["smooth"]).confidence_interval(0.95)
-    assert f"{(low + high) / 2:+.4f} ± {(high - low) / 2:.4f}" in tables
-    assert f"{np.mean(loss['both']):.4f} ± {np.std(loss['both'], ddof=1):.4f}" in tables
+    assert f"| {(low + high) / 2:+.3f} ± {(high - low) / 2:.3f} (" in tables
+    assert f"| {np.mean(loss['both']):.3f} ± {np.std(loss['both'], ddof=1):.3f} |" in tables
+    accuracy = 100 * np.array([found["both", seed]["accuracy"] for seed in (1, 2)])
+    assert f"| both | 2 | {accuracy.mean():.2f} ± {accuracy.std(ddof=1):.2f} |" in tables
     gap = [found["both", seed]["test_nll"] - found["both", seed]["train_nll"] for seed in (1, 2)]
-    assert f"{np.mean(gap):.4f} ± " in tables
+    assert f"| {np.mean(gap):.3f} ± " in tables
     assert "KL by epoch, both: " in tables and "KL by epoch, smooth" not in tables
 
 
