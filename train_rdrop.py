@@ -26,7 +26,7 @@ import shlex
 import signal
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -37,9 +37,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch.nn import Embedding, Module, functional as F
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.hf_argparser import HfArg
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, EarlyStoppingCallback, HfArgumentParser
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import check_min_version
 
 HUB = f"Give a local folder or a Hub id, owner/name (HF_ENDPOINT, now {os.environ.get('HF_ENDPOINT')}, names a mirror)"
@@ -53,7 +52,7 @@ class UserError(Exception):
 
 # ------------ arguments
 def flag(default, help):
-    return HfArg(default=default, help=help)
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -100,7 +99,7 @@ class RDropArguments(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the patience left")
     logging_steps: float = flag(50, "Steps between two logs")
     hub_strategy: str = flag("end", "When to push")
-    report_to: list[str] = HfArg(default_factory=lambda: ["tensorboard"], help="Where curves go, or none")
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"], metadata={"help": "Where curves go, or none"})
     logging_dir: str = flag("./logs_rdrop", "TensorBoard's folder, with one for each run")
     logging_nan_inf_filter: bool = flag(False, "Hide losses that are not finite")
     # several processes: all parameters are used, and buffers broadcast between the two passes break the backward
@@ -122,6 +121,8 @@ class RDropArguments(TrainingArguments):
                 raise ValueError(f"--{name} must be more than 0, not {value}")
         if len({self.text_column, self.label_column, self.text_pair_column}) < 3:
             raise ValueError("--text_column, --label_column and --text_pair_column must differ")
+        if self.validation_split == self.test_split != "none":
+            raise ValueError("--validation_split and --test_split must differ")
         if (self.validation_file or self.test_file) and not self.train_file:
             raise ValueError("--validation_file and --test_file need a --train_file")
         if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
@@ -145,8 +146,8 @@ def parse_args(argv=None) -> RDropArguments:
 # ------------ output and resume
 # Beginnings of the flags that may change on resuming; for those of the batch, `effective_batch` may not.
 FREE_FLAGS = re.compile(
-    "output_dir|resume_|per_device_|gradient_|activation_|eval_accum|save_|log|report_to|run_name"
-    "|include_|disable_tqdm|hub_|push_|dataloader_(num|p)|ddp_|local_rank|use_cpu|enable_jit"
+    "output_dir|resume_|per_device_|gradient_|activation_|eval_accum|save_|log|report_to|run_name|project|trackio"
+    "|include_|disable_tqdm|hub_|push_|dataloader_[mnp]|ddp_|local_rank|use_cpu|enable_jit"
 )
 
 
@@ -162,10 +163,9 @@ def newest_complete(checkpoints) -> Path | None:
 
 
 def arguments_of(args: RDropArguments) -> dict:
-    """What `arguments.json` holds: every argument but tokens, and the effective batch."""
-    record = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
-    record["effective_batch"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return json.loads(json.dumps(record))
+    """What `arguments.json` holds: every argument, tokens masked, and the effective batch."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {**json.loads(args.to_json_string()), "effective_batch": batch}
 
 
 def find_checkpoint(args: RDropArguments) -> Path | None:
@@ -182,29 +182,28 @@ def find_checkpoint(args: RDropArguments) -> Path | None:
         was["num_train_epochs"] = now["num_train_epochs"]
     names = [name for name in now if now[name] != was.get(name) and not FREE_FLAGS.match(name)]
     if names:
-        changed = "; ".join(f"--{name} was {was.get(name)}, is {now[name]}" for name in names)
+        changed = "; ".join(f"{name} was {was.get(name)}, is {now[name]}" for name in names)
         raise UserError(f"a resumed run needs the flags that it began with: {changed}")
     return checkpoint
 
 
-def claim_output_dir(args: RDropArguments, checkpoint: Path | None) -> Path:
-    """Keep other runs out of the output folder by `arguments.json`; returns its path."""
+def claim_output_dir(args: RDropArguments, checkpoint: Path | None) -> Path | None:
+    """Keep other runs out of the output folder by `arguments.json`; returns its path where this process made it."""
     file = Path(args.output_dir, "arguments.json")
-    in_place = checkpoint is not None and checkpoint.resolve().parent == file.resolve().parent
+    if checkpoint and checkpoint.resolve().parent == file.resolve().parent:
+        return None  # the file keeps what the run began with
     with args.main_process_first(local=False):
         if args.process_index > 0 and not file.exists():
             raise UserError(f"--output_dir {args.output_dir} must be a folder that all machines share")
         if args.process_index == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
             for name in ("checkpoint-*", "*.safetensors", "*.bin", "*.json"):
-                if not in_place and any(file.parent.glob(name)):
+                if any(file.parent.glob(name)):
                     ways = "choose another --output_dir, resume by --resume_from_checkpoint last, or remove the folder"
                     raise UserError(f"{args.output_dir} holds an earlier run or a model ({name}): {ways}")
-            new = file.with_suffix(".new") if in_place else file
-            with open(new, "w" if in_place else "x") as output:
+            with open(file, "x") as output:
                 json.dump(arguments_of(args), output, indent=2)
-            new.replace(file)  # at once: a full disk must not cost the old one
-    return file
+    return file if args.process_index == 0 else None
 
 
 # ------------ data
@@ -266,13 +265,12 @@ def clean(rows: Dataset, split: str, classes: list[str] | None, args: RDropArgum
     labels = [class_name(value, feature) for value in rows[args.label_column][:]]
     if not all(isinstance(text, (str, type(None))) for column in texts for text in column):
         raise UserError(f"split {split!r}: not all of {columns} hold strings. Use --text_column")
-    fields = zip(labels, *texts, strict=True)
-    usable = [row for row, values in enumerate(fields) if all(value and value.strip() for value in values)]
-    if len(usable) < len(rows):
-        missing = sorted(set(range(len(rows))) - set(usable))
-        what = f"{len(missing)} of {len(rows)} rows without text or label are left out"
-        logger.warning(f"Split {split!r}: {what}, the first is row {missing[0]} (counted from 0).")
-        rows, labels = rows.select(usable), [labels[row] for row in usable]
+    complete = [all(value and value.strip() for value in row) for row in zip(labels, *texts, strict=True)]
+    if not all(complete):
+        what = f"{complete.count(False)} of {len(rows)} rows without text or label are left out"
+        logger.warning(f"Split {split!r}: {what}, the first is row {complete.index(False)} (counted from 0).")
+    usable = np.flatnonzero(complete).tolist()
+    rows, labels = rows.select(usable), [labels[row] for row in usable]
     if classes is None:
         if len(set(labels)) < 2:
             raise UserError(f"split {split!r} has one label only, {set(labels) or 'none'}: there is nothing to learn")
@@ -307,7 +305,8 @@ def load_splits(args: RDropArguments) -> DatasetDict:
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
         if limit is not None and limit < len(rows):
             splits[split] = rows.shuffle(seed=args.seed).select(range(limit))
-        counts = dict(zip(classes, np.bincount(splits[split]["labels"]).tolist(), strict=False))
+        counts = np.bincount(splits[split]["labels"], minlength=len(classes)).tolist()
+        counts = dict(zip(classes, counts, strict=True))
         source = found["train" if fraction and split == "validation" else split]
         args.distributed_state.print(f"{split}: {len(splits[split])} of {len(source)} rows, {str(counts)[:200]}")
     chooser = splits.get("validation", splits.get("test"))
@@ -412,7 +411,7 @@ class RDropTrainer(Trainer):
     def __init__(self, *args, alpha: float = 1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.rdrop_loss = RDropLoss(alpha, self.args.label_smoothing_factor)
-        self.sums = torch.zeros(3, device=self.args.device)  # CE, KL, steps; read at a log only, so no step waits
+        self.sums = torch.zeros(3, device=self.args.device)  # CE, KL, steps; read at a log or save, so no step waits
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch with `labels`; with `return_outputs` also the logits of the first pass."""
@@ -458,9 +457,11 @@ class RunCallback(TrainerCallback):
     claim, checkpoint, started = None, None, False  # its arguments.json, what it resumes from, whether steps have begun
 
     def on_train_begin(self, args, state, control, **kwargs):
-        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
-        if best.is_dir():  # where it is now: the folder may have been moved
-            state.best_model_checkpoint = str(best)
+        folders = [self.checkpoint.parent] if self.checkpoint else []
+        for folder in (*folders, args.output_dir):  # where they are now: a run may have been moved
+            best = Path(folder, f"checkpoint-{state.best_global_step}")
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
         self.started = state.global_step >= state.max_steps  # a run that was resumed after its end begins no step
         batch = arguments_of(args)["effective_batch"]
         args.distributed_state.print(f"effective batch {batch}, steps {state.global_step} to {state.max_steps}")
@@ -532,7 +533,6 @@ def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation", splits.get("test")),
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda output: compute_metrics(output, trainer.rdrop_loss, positive),
         callbacks=[callback, early_stopping] if stops_early else [callback],
         alpha=args.rdrop_alpha,
@@ -552,10 +552,11 @@ def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
         trainer.state.log_history.append({**metrics, "step": trainer.state.global_step})  # for the model card
         trainer.save_metrics(prefix, metrics, combined=False)
         results |= metrics
+        figures = {name: metrics[key] for name in ("accuracy", "f1", "auc") if (key := f"{prefix}_{name}") in metrics}
     trainer.save_metrics("all", results, combined=False)
     trainer.save_state()
-    # of the last split
-    figures = {name: metrics[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc") if f"{prefix}_{name}" in metrics}
+    summary = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    args.distributed_state.print(f"\n{'Test' if 'test' in splits else 'Validation'} split: {summary} ({about})")
     if trainer.is_world_process_zero() and "tensorboard" in args.report_to:
         settings = {"alpha": args.rdrop_alpha, "smoothing": args.label_smoothing_factor, "seed": args.seed}
         settings |= {"model": args.model_name_or_path, "data": args.train_file or args.dataset_name}
@@ -563,8 +564,7 @@ def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
         settings["batch"] = arguments_of(args)["effective_batch"]
         with SummaryWriter(curves) as writer:
             writer.add_hparams(settings, {f"final/{name}": value for name, value in figures.items()}, run_name=".")
-    summary = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    args.distributed_state.print(f"\n{'Test' if 'test' in splits else 'Validation'} split: {summary} ({about})")
+        print(f"Curves:     tensorboard --logdir {args.logging_dir}")
     if args.push_to_hub:  # which saves the model first
         on_hub = None if args.train_file or os.path.isdir(args.dataset_name) else args.dataset_name
         trainer.push_to_hub(dataset=on_hub, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
@@ -572,7 +572,7 @@ def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
         trainer.save_model()
     classify = f'pipeline("text-classification", {json.dumps(args.output_dir)}, truncation=True)'
     code = shlex.quote(f'from transformers import pipeline; print({classify}("A film to remember."))')
-    args.distributed_state.print(f"Curves:     tensorboard --logdir {args.logging_dir}\nTry it:     python -c {code}")
+    args.distributed_state.print(f"Try it:     python -c {code}")
     trainer.end()
     return results
 
@@ -602,6 +602,7 @@ def main(argv=None) -> dict[str, float]:
         elif isinstance(error, FloatingPointError):
             line += ": the training has diverged. Start anew with a lower --learning_rate: a resumed run keeps it"
         elif isinstance(error, torch.OutOfMemoryError):
+            logger.disabled = False  # it may be another process's GPU
             line, status = "out of GPU memory: halve --per_device_train_batch_size and double ", 1
             line += "--gradient_accumulation_steps (same effective batch), or add --activation_checkpointing"
         elif "No space left" in line or (callback.started and "inline_container" in line):  # so says torch's writer
@@ -611,7 +612,8 @@ def main(argv=None) -> dict[str, float]:
                 raise
             line = f"{type(error).__name__}: {line} (--log_level debug shows where)"
             if callback.checkpoint:
-                line = f"cannot read {callback.checkpoint} ({line}): remove it and resume from the one before"
+                line = f"cannot resume from {callback.checkpoint}: {line}. "
+                line += "If it is damaged, remove it and resume from the one before"
         if status != 2 and args and not isinstance(error, (FloatingPointError, UserError)):
             checkpoint = newest_complete(Path(args.output_dir).glob("checkpoint-*"))
             resume = f"To go on from {checkpoint}, add --resume_from_checkpoint last to the same command"

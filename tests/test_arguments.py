@@ -143,6 +143,7 @@ MISTAKES = {  # flags, and what the line must say
     "--seed -1": "Seed must be between 0 and",
     "--text_column label": "--text_column, --label_column and --text_pair_column must differ",
     "--text_pair_column text": "--text_column, --label_column and --text_pair_column must differ",
+    "--validation_split test": "--validation_split and --test_split must differ",
     "--test_file file.csv": "--validation_file and --test_file need a --train_file",
     "--validation_file file.csv": "--validation_file and --test_file need a --train_file",
     "--dataset_name ./not_there": "cannot read ./not_there (",

@@ -273,13 +273,14 @@ def test_columns_by_any_name_beside_others(load, tmp_path):
         assert rows["text"][:] == [f"text {i}" for i in range(6)]
 
 
-def test_declared_classes_stay_though_train_lacks_one(load, tmp_path):
+def test_declared_classes_stay_though_train_lacks_one(load, tmp_path, capsys):
     names = ["very good", "bad", "so so"]  # not sorted: their order is what counts
     write_split(tmp_path, "train", [("a", 0), ("b", 1), ("c", 1)], names)
     write_split(tmp_path, "test", [("d", 2), ("e", 0)], names)
     splits = load("--dataset_name", tmp_path)
     assert splits["train"].features["labels"].names == splits["test"].features["labels"].names == names
     assert splits["train"]["labels"][:] == [0, 1, 1] and splits["test"]["labels"][:] == [2, 0]
+    assert "train: 3 of 3 rows, {'very good': 1, 'bad': 2, 'so so': 0}" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- rows without text or label

@@ -129,6 +129,21 @@ def test_best_checkpoint_that_is_lost_ends_both_processes_with_one_line(start_tw
     assert second.status == 1 and second.said == [] and "Traceback" not in second.err, second.err
 
 
+def test_processes_that_are_refused_leave_the_folder_to_the_run_at_work(start_two, tmp_path):
+    (tmp_path / "results_rdrop").mkdir()
+    (tmp_path / "results_rdrop" / "arguments.json").write_text("{}")
+    first, second = (run.wait() for run in start_two(*TINY))
+    first.assert_one_line(2, "holds an earlier run")
+    assert second.status == 2 and second.said == [], second.err
+    assert (tmp_path / "results_rdrop" / "arguments.json").read_text() == "{}"
+
+
+def test_process_that_is_out_of_gpu_memory_says_so(start_two):
+    full = "if state.global_step == 1 and args.process_index == 1: raise torch.OutOfMemoryError('CUDA out of memory.')"
+    _, second = start_two(*TINY, prelude=on("on_step_begin", full))
+    second.wait().assert_one_line(1, "out of GPU memory: halve --per_device_train_batch_size")
+
+
 def test_no_buffers_are_broadcast_between_the_passes(start_two):
     prelude = (
         "import torch.nn.parallel.distributed as ddp\n"

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from conftest import Run, assert_same_end, on
+from safetensors.torch import load_file
 
 from train_rdrop import UserError, find_checkpoint, parse_args
 
@@ -54,27 +55,27 @@ def test_each_epoch_groups_by_length_in_an_order_of_its_own(start):
 
 
 CHANGED = {  # flags of a resumed run that decide its result, with what the line must say
-    "--seed 7": "--seed was 42, is 7",
-    "--rdrop_alpha 1": "--rdrop_alpha was 5.0, is 1.0",
-    "--label_smoothing_factor 0": "--label_smoothing_factor was 0.1, is 0.0",
-    "--max_length 20": "--max_length was None, is 20",
-    "--max_train_samples 100": "--max_train_samples was 120, is 100",
-    "--max_eval_samples 30": "--max_eval_samples was 40, is 30",
-    "--validation_fraction 0.2": "--validation_fraction was 0.0, is 0.2",
-    "--text_pair_column label2": "--text_pair_column was None, is label2",
-    "--learning_rate 1e-4": "--learning_rate was 0.001, is 0.0001",
-    "--optim sgd": "--optim was ",
-    "--bf16": "--bf16 was False, is True",
-    "--max_steps 5": "--max_steps was -1, is 5",
-    "--num_train_epochs 1": "--num_train_epochs was 2.0, is 1.0",
-    "--per_device_train_batch_size 8": "--effective_batch was 16, is 8",
-    "--gradient_accumulation_steps 2": "--effective_batch was 16, is 32",
-    "--train_sampling_strategy group_by_length": "--train_sampling_strategy was random, is group_by_length",
+    "--seed 7": "seed was 42, is 7",
+    "--rdrop_alpha 1": "rdrop_alpha was 5.0, is 1.0",
+    "--label_smoothing_factor 0": "label_smoothing_factor was 0.1, is 0.0",
+    "--max_length 20": "max_length was None, is 20",
+    "--max_train_samples 100": "max_train_samples was 120, is 100",
+    "--max_eval_samples 30": "max_eval_samples was 40, is 30",
+    "--validation_fraction 0.2": "validation_fraction was 0.0, is 0.2",
+    "--text_pair_column label2": "text_pair_column was None, is label2",
+    "--learning_rate 1e-4": "learning_rate was 0.001, is 0.0001",
+    "--optim sgd": "optim was ",
+    "--bf16": "bf16 was False, is True",
+    "--max_steps 5": "max_steps was -1, is 5",
+    "--num_train_epochs 1": "num_train_epochs was 2.0, is 1.0",
+    "--per_device_train_batch_size 8": "effective_batch was 16, is 8",
+    "--gradient_accumulation_steps 2": "effective_batch was 16, is 32",
+    "--train_sampling_strategy group_by_length": "train_sampling_strategy was random, is group_by_length",
     "--model_name_or_path elsewhere": "is elsewhere",
     "--dataset_name elsewhere": "is elsewhere",
-    "--train_file train.csv": "--train_file was None, is train.csv",
-    "--positive_label neg": "--positive_label was None, is neg",
-    "--seed 7 --rdrop_alpha 1 --warmup_steps 9": "--seed was 42, is 7; --rdrop_alpha was 5.0, is 1.0",
+    "--train_file train.csv": "train_file was None, is train.csv",
+    "--positive_label neg": "positive_label was None, is neg",
+    "--seed 7 --rdrop_alpha 1 --warmup_steps 9": "seed was 42, is 7; rdrop_alpha was 5.0, is 1.0",
 }
 
 
@@ -92,7 +93,7 @@ def test_changed_flags_that_decide_the_result_are_refused_by_name(finished, argv
 def test_refused_resume_is_one_line_and_changes_nothing(resume, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results_rdrop").rglob("*")}
     run = resume("--seed", "7", "--learning_rate", "1e-4").wait()
-    run.assert_one_line(2, "--seed was 42, is 7", "--learning_rate was 0.001, is 0.0001")
+    run.assert_one_line(2, "seed was 42, is 7", "learning_rate was 0.001, is 0.0001")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "results_rdrop").rglob("*")}
 
 
@@ -111,6 +112,7 @@ def test_more_epochs_go_on_with_a_word(resume, tmp_path):
     run = resume("--num_train_epochs", "3").wait()
     assert run.status == 0 and "More epochs than the run began with" in run.err, run.err
     assert run.json("trainer_state.json")["global_step"] == 24 and "steps 16 to 24" in run.out
+    assert run.json("arguments.json")["num_train_epochs"] == 2, "what the run began with"
 
 
 @pytest.mark.parametrize(
@@ -121,11 +123,24 @@ def test_checkpoint_that_cannot_be_read_is_named(resume, tmp_path, file, share):
     path = tmp_path / "results_rdrop" / "checkpoint-16" / file
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     run = resume("--num_train_epochs", "3").wait()
-    run.assert_one_line(2, "cannot read results_rdrop/checkpoint-16", "remove it and resume from the one before")
+    run.assert_one_line(2, "cannot resume from results_rdrop/checkpoint-16", "remove it and resume from the one before")
     if share == 0:
         shutil.rmtree(path.parent)
         run = resume("--num_train_epochs", "3").wait()
         assert run.status == 0 and "steps 8 to 24" in run.out, run.err
+
+
+def test_moved_run_that_goes_on_in_another_folder_finds_its_best_checkpoint(start, finished, tmp_path):
+    shutil.copytree(finished.folder / "results_rdrop", tmp_path / "moved")
+    state = finished.json("checkpoint-16/trainer_state.json")
+    state |= {"best_global_step": 8, "best_model_checkpoint": "results_rdrop/checkpoint-8", "best_metric": 2.0}
+    (tmp_path / "moved" / "checkpoint-16" / "trainer_state.json").write_text(json.dumps(state))
+    flags = ("--num_train_epochs", "3", "--output_dir", "new", "--resume_from_checkpoint", "moved/checkpoint-16")
+    run = start(*SHORT, *flags, "--report_to", "none").wait()
+    assert run.status == 0 and (tmp_path / "new" / "checkpoint-24").exists(), run.err
+    best, saved = (load_file(tmp_path / folder / "model.safetensors") for folder in ("moved/checkpoint-8", "new"))
+    assert all(best[name].equal(saved[name]) for name in best)
+    assert "Curves" not in run.out and "Try it" in run.out
 
 
 def test_error_after_training_is_not_blamed_on_the_checkpoint(resume):
