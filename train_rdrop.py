@@ -607,6 +607,8 @@ def main(argv=None) -> dict[str, float]:
             line += "--gradient_accumulation_steps (same effective batch), or add --activation_checkpointing"
         elif "No space left" in line or (callback.started and "inline_container" in line):  # so says torch's writer
             line, status = f"the disk is full ({line}): make room", 1
+        elif line.startswith("DataLoader worker"):  # out of memory, or a signal to all processes ended it first
+            status = 1
         elif not isinstance(error, UserError):
             if callback.started:
                 raise
