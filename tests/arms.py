@@ -202,6 +202,10 @@ def seeds_needed(differences, effect):
         n += 1
 
 
+def mean_and_std(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
 def cell(mean, width, name, sign=""):
     """`mean ± width` of the figure `name`: accuracy, F1 and AUC in percent, losses in nats."""
     scale, digits = (100, 2) if name in SHARES else (1, 3)
@@ -215,9 +219,7 @@ def show(found, arms, seeds):
     for arm in arms:
         runs = [found[arm, seed] for seed in seeds if (arm, seed) in found]
         if runs:
-            columns = {name: [run[name] for run in runs] for name in FIGURES}
-            stds = {name: statistics.stdev(column) if len(runs) > 1 else math.nan for name, column in columns.items()}
-            cells = [cell(statistics.mean(column), stds[name], name) for name, column in columns.items()]
+            cells = [cell(*mean_and_std([run[name] for run in runs]), name) for name in FIGURES]
             times = [f"{statistics.median(run[f'{name}_seconds'] for run in runs):.0f}" for name in ("train", "cpu")]
             print(f"| {arm} | {len(runs)} | {' | '.join([*cells, *times])} |")
     print(f"\n| difference | seeds | {' | '.join(COMPARED)} | needed |\n|---|---|{'---|' * (len(COMPARED) + 1)}")
@@ -226,15 +228,15 @@ def show(found, arms, seeds):
         if one not in arms or two not in arms or len(common) < 2:
             continue
         same_loss = arm_flags(one, 1)[3] == arm_flags(two, 1)[3]  # with another smoothing it is another figure
-        cells = []
-        for name in COMPARED:
-            differences = [found[one, seed][name] - found[two, seed][name] for seed in common]
-            better = sum(d > 0 if name in SHARES else d < 0 for d in differences)
-            known = name != "eval_loss" or same_loss
-            cells.append(f"{cell(*paired(differences), name, sign='+')} ({better})" if known else "-")
-        differences = [found[one, seed]["f1"] - found[two, seed]["f1"] for seed in common]
-        needed = seeds_needed(differences, 0.005) if np.ptp(differences) > 0 else "-"
-        print(f"| {one} - {two} | {len(common)} | {' | '.join(cells)} | {needed} |")
+        differences = {name: [found[one, seed][name] - found[two, seed][name] for seed in common] for name in COMPARED}
+        cells = {}
+        for name, values in differences.items():
+            better = sum(d > 0 if name in SHARES else d < 0 for d in values)
+            cells[name] = f"{cell(*paired(values), name, sign='+')} ({better})"
+        if not same_loss:
+            cells["eval_loss"] = "-"
+        needed = seeds_needed(differences["f1"], 0.005) if np.ptp(differences["f1"]) > 0 else "-"
+        print(f"| {one} - {two} | {len(common)} | {' | '.join(cells.values())} | {needed} |")
     print("\nShares in percent, losses in nats; gap: test_nll - train_nll; times: medians. Brackets: seeds in favour")
     print("of the first. Needed: seeds with which 80 % of such comparisons would show half a point of F1.")
     for arm in arms:
