@@ -41,7 +41,7 @@ ARMS = {
     "two_pass": ["--rdrop_alpha", "1e-9", "--label_smoothing_factor", "0.1"],
 }
 PAIRS = [("both", "ce"), ("both", "smooth"), ("both", "smooth_twice"), ("both", "two_pass")]
-PAIRS += [("rdrop", "ce"), ("smooth", "ce"), ("two_pass", "smooth"), ("smooth_twice", "smooth")]
+PAIRS += [("rdrop", "ce"), ("rdrop", "smooth"), ("smooth", "ce"), ("two_pass", "smooth"), ("smooth_twice", "smooth")]
 SHARES = ["accuracy", "f1", "auc"]  # shown in percent
 FIGURES = [*SHARES, "eval_loss", "train_nll", "test_nll", "gap"]  # nats; the gap is test_nll - train_nll
 COMPARED = [name for name in FIGURES if name != "train_nll"]  # less of it is neither better nor worse
