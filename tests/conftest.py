@@ -4,10 +4,8 @@ import json
 import multiprocessing
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 
@@ -21,8 +19,9 @@ import tiny_imdb
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_rdrop.py"
+PRELUDES = ROOT / "tests" / "preludes"
 FIGURES = ("eval_loss", "eval_accuracy", "eval_f1", "eval_auc", "epoch")
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "experiments")]
 
 # Most of a start is imports. This server has them done, and forks a fresh process for each start of the script.
 PRELOAD = ["transformers.trainer", "transformers.models.auto.modeling_auto"]
@@ -32,78 +31,30 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(PRELOAD)
 
 
-SECOND_LANE = ("test_hub.py", "test_interruption.py", "test_resume.py")  # half of the time
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Let `pytest -n auto` mean `--dist worksteal`: tests of a module, which share its runs, mostly share a worker."""
+    if config.getoption("dist") != "load":  # which -n stands for
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
-    """Leave the files of `SECOND_LANE` to a second pytest: most tests are a process on one core, and there are two."""
-    second = [item for item in items if item.path.name in SECOND_LANE]
-    if "SECOND_LANE_REPORTS" in os.environ:
-        items[:] = second
-    elif 0 < len(second) < len(items) and not config.option.collectonly and not config.option.usepdb:
-        items[:] = [item for item in items if item not in second]
-        config.tests_of_second = len(second)
-        config.lane = tempfile.mkdtemp() + "/reports"
-        command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
-        with open(f"{config.lane}.out", "w") as out:
-            env = os.environ | {"SECOND_LANE_REPORTS": config.lane}
-            config.second = subprocess.Popen(command, cwd=config.invocation_params.dir, env=env, stdout=out, stderr=out)
+def start_here(argv, folder, env, log, prelude="", script=SCRIPT):
+    """Become `python script *argv` in `folder`, output to `log`.out and `log`.err.
 
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report):
-    if "SECOND_LANE_REPORTS" in os.environ:
-        with open(os.environ["SECOND_LANE_REPORTS"], "a") as reports:
-            data = CONFIG.hook.pytest_report_to_serializable(config=CONFIG, report=report)
-            reports.write(json.dumps(data) + "\n")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session):
-    """Run this lane's tests, and then report those of the second as if they had been run here."""
-    config = session.config
-    session.testscollected += getattr(config, "tests_of_second", 0)  # by which progress is shown
-    try:
-        result = yield
-    except BaseException:
-        if hasattr(config, "second"):
-            config.second.terminate()
-        raise
-    if hasattr(config, "second"):
-        assert config.second.wait() in (0, 1), Path(f"{config.lane}.out").read_text()
-        for line in Path(config.lane).read_text().splitlines():
-            report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
-            config.hook.pytest_runtest_logreport(report=report)
-    return result
-
-
-def pytest_configure(config):
-    global CONFIG
-    CONFIG = config
-
-
-def start_here(argv, folder, env, log, prelude, script=SCRIPT):
-    """Become `python script *argv` in `folder`, output to `log`.out and `log`.err; `prelude` is run first."""
+    `prelude`, e.g. "kill.py SIGTERM step 7", is run first: a file of tests/preludes/ and its arguments.
+    """
     os.chdir(folder)
     os.environ.update(env)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    if prelude:
+        sys.argv = prelude.split()
+        runpy.run_path(str(PRELUDES / sys.argv[0]))
     sys.argv = [str(script), *argv]
-    exec(prelude, {})
     runpy.run_path(str(script), run_name="__main__")
-
-
-def on(event, code):
-    """A prelude: `code` is run at `event` of Trainer's callbacks, and knows `args`, `state` and some modules."""
-    return (
-        "import errno, os, pathlib, shutil, signal, sys, threading, torch\n"
-        "from transformers import TrainerCallback, trainer\n"
-        "class Prelude(TrainerCallback):\n"
-        f"    def {event}(self, args, state, control, **kwargs):\n"
-        f"{textwrap.indent(code, ' ' * 8)}\n"
-        "trainer.DEFAULT_CALLBACKS.append(Prelude)\n"
-    )
 
 
 class Run:

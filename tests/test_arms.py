@@ -12,7 +12,7 @@ from scipy import stats
 
 @pytest.fixture
 def compare(argv, tmp_path, monkeypatch):
-    """`compare(*flags)` is `python tests/arms.py *flags` on the tiny data; `.starts` lists its trainings."""
+    """`compare(*flags)` is `python arms.py *flags` on the tiny data; `.starts` lists its trainings."""
     starts = []
 
     def call(command, log, device=None):
@@ -84,6 +84,6 @@ def test_same_reviews_and_head_for_each_arm_and_twice_the_epochs_for_one():
 
 
 def test_unknown_arm_is_named():
-    command = [sys.executable, ROOT / "tests" / "arms.py", "--arms", "booth"]
+    command = [sys.executable, ROOT / "tests" / "experiments" / "arms.py", "--arms", "booth"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2 and "no arm is called booth" in run.stderr

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import transformers
-from conftest import Run, on
+from conftest import Run
 from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from tiny_imdb import NEUTRAL, OPINION, make_reviews
@@ -298,9 +298,7 @@ MISSING = [  # kind of file, rows (text, label), rows left out
 
 
 @pytest.mark.parametrize("kind, rows, missing", MISSING)
-def test_rows_without_text_or_label_are_left_out_with_one_warning(
-    load, tmp_path, caplog, capsys, kind, rows, missing
-):
+def test_rows_without_text_or_label_are_left_out_with_one_warning(load, tmp_path, caplog, capsys, kind, rows, missing):
     good = [row for i, row in enumerate(rows) if i not in missing]
     for name, part in (("train", rows), ("test", good)):
         texts, labels = zip(*part, strict=True)
@@ -359,13 +357,6 @@ def test_split_of_which_nothing_remains_counts_as_not_there(load, tmp_path, capl
 # ----------------------------------------------------------------------------------------------------------- pairs
 NLI = ["entailment", "neutral", "contradiction"]
 PAIRED = ("--text_column", "premise", "--text_pair_column", "hypothesis")
-SHOW_PAIRS = """
-for name in ("train", "eval"):
-    for batch in kwargs[f"{name}_dataloader"]:
-        for row in zip(*(batch[key].tolist() for key in ("attention_mask", "input_ids", "token_type_ids", "labels"))):
-            mask, ids, types, label = row
-            print("ROW", name, ids[:sum(mask)], types[:sum(mask)], label)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +376,7 @@ def pairs(tmp_path_factory, argv):
         write_split(folder / "nli", split, rows[split], NLI, ("premise", "hypothesis"))
     flags = ("--model_name_or_path", "model", "--dataset_name", "nli", *PAIRED, "--max_length", "20")
     splits = ("--validation_split", "validation_matched", "--test_split", "none", "--num_train_epochs", "1")
-    run = Run([*argv, *flags, *splits], folder, prelude=on("on_train_end", SHOW_PAIRS)).wait()
+    run = Run([*argv, *flags, *splits], folder, prelude="show_batches.py").wait()
     assert run.status == 0, run.err
     return run, rows
 
@@ -394,13 +385,14 @@ def test_pairs_are_encoded_as_the_tokenizer_encodes_pairs(pairs):
     run, rows = pairs
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
     cut = set()
-    for name, split in (("train", "train"), ("eval", "validation_matched")):
+    for name, split in (("TRAIN", "train"), ("EVAL", "validation_matched")):
         wanted = []
         for first, second, label in rows[split]:
             tokens = tokenizer(first, second, truncation="longest_first", max_length=20)
-            wanted.append(f"ROW {name} {tokens['input_ids']} {tokens['token_type_ids']} {label}")
+            wanted.append([tokens["input_ids"], tokens["token_type_ids"], label])
             cut.add((len(tokenizer(first)["input_ids"]) > 10, len(tokenizer(second)["input_ids"]) > 10))
-        assert sorted(wanted) == sorted(re.findall(f"^ROW {name} .*", run.out, re.M))
+        (shown,) = re.findall(f"^{name} (.*)", run.out, re.M)
+        assert sorted(wanted) == sorted(json.loads(shown))
     assert len(cut) == 4, "either text is the longer one in some pair"
     lines = run.out.splitlines()
     assert lines[0] == "train: 64 of 64 rows, {'entailment': 22, 'neutral': 21, 'contradiction': 21}"

@@ -4,10 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import said
+from conftest import PRELUDES, said
 from local_hub import Hub
 
 TOKEN = "hf_made_up_and_secret"
@@ -21,23 +20,6 @@ STARTS = {
     "no data": ["--dataset_name", "owner/nothing"],
     "no model": ["--dataset_name", "owner/tiny-imdb", "--model_name_or_path", "owner/nothing"],
 }
-
-
-# Most of a start is imports, which know this Hub's address: done once, in a process that forks one for each start.
-FORKS = """
-import importlib, json, os, sys
-sys.path.insert(0, sys.argv[1])
-import conftest
-for name in conftest.PRELOAD:
-    importlib.import_module(name)
-started = []
-for flags, folder in json.loads(sys.argv[2]):
-    if not (pid := os.fork()):
-        conftest.start_here(flags, folder, {}, folder + "/run", "")
-        sys.exit(0)
-    started.append(pid)
-print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +36,7 @@ def runs(hub, tiny, tmp_path_factory):
     env |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path_factory.mktemp("hub_home"))}
     folders = {name: tmp_path_factory.mktemp("hub") for name in STARTS}
     todo = [([flag.format(tiny=tiny) for flag in flags], str(folders[name])) for name, flags in STARTS.items()]
-    command = [sys.executable, "-c", FORKS, str(Path(__file__).parent), json.dumps(todo)]
+    command = [sys.executable, PRELUDES / "fork_starts.py", json.dumps(todo)]
     statuses = json.loads(subprocess.run(command, env=env, capture_output=True, check=True, timeout=200).stdout)
     outputs = [[(folder / f"run.{stream}").read_text() for stream in ("out", "err")] for folder in folders.values()]
     return {

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, Run, assert_same_end, on, said, wait_for
+from conftest import SCRIPT, Run, assert_same_end, said, wait_for
 
 from train_rdrop import RDropArguments
 
@@ -147,16 +147,7 @@ def test_second_run_in_the_folder_of_one_at_work_is_refused(start, tmp_path):
 
 
 def test_of_two_runs_started_together_in_one_folder_one_is_refused(start, tmp_path):
-    meet = (  # both have found the folder empty before either claims it
-        "import builtins, os, pathlib, time\n"
-        "def meet(file, mode='r', *args, real=open, **kwargs):\n"
-        "    if str(file).endswith('arguments.json') and mode != 'r':\n"
-        "        pathlib.Path(f'here{os.getpid()}').touch()\n"
-        "        while len(list(pathlib.Path().glob('here*'))) < 2: time.sleep(0.01)\n"
-        "    return real(file, mode, *args, **kwargs)\n"
-        "builtins.open = meet"
-    )
-    runs = [start(*TINY, "--num_train_epochs", "1", prelude=meet) for _ in range(2)]
+    runs = [start(*TINY, "--num_train_epochs", "1", prelude="meet.py") for _ in range(2)]
     good, refused = sorted((run.wait() for run in runs), key=lambda run: run.status)
     assert good.status == 0, good.err
     refused.assert_one_line(2, "results_rdrop")
@@ -166,32 +157,26 @@ def test_nothing_to_resume_from(start):
     start("--resume_from_checkpoint", "last").wait().assert_one_line(2, "nothing to resume from")
 
 
-KILL = "os.kill(os.getpid(), signal.SIGTERM)"
-MOMENTS = {  # prelude, checkpoint that the line must name
-    "loading data": (f"import datasets, os, signal; datasets.load_dataset = lambda *_: {KILL}", "No checkpoint"),
-    "first epoch": (on("on_step_begin", f"if state.global_step == 3: {KILL}"), "No checkpoint"),
-    "evaluation": (on("on_prediction_step", f"if state.global_step == 10: {KILL}"), "checkpoint-5"),
-    "final evaluation": (
-        on("on_prediction_step", f"if pathlib.Path(args.output_dir, 'train_results.json').exists(): {KILL}"),
-        "checkpoint-15",
-    ),
+MOMENTS = {  # at which the run is killed, and the checkpoint that the line must name
+    "loading": "No checkpoint",
+    "step 3": "No checkpoint",
+    "evaluation 10": "checkpoint-5",
+    "evaluation final": "checkpoint-15",
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sigterm_ends_the_run_at_once_with_one_line(start, tmp_path, moment):
-    prelude, checkpoint = MOMENTS[moment]
-    run = start(*SHORT, prelude=prelude).wait()
-    run.assert_one_line(143, "stopped by SIGTERM", checkpoint)
-    if checkpoint == "No checkpoint":
+    run = start(*SHORT, prelude=f"kill.py SIGTERM {moment}").wait()
+    run.assert_one_line(143, "stopped by SIGTERM", MOMENTS[moment])
+    if MOMENTS[moment] == "No checkpoint":
         assert not (tmp_path / "results_rdrop" / "arguments.json").exists(), "the folder is free again"
     else:
         assert "--resume_from_checkpoint last" in run.said[0]
 
 
 def test_sigterm_with_jit_checkpoint_is_no_worse_and_resumed_it_ends_as_if_never_stopped(start, whole, tmp_path):
-    prelude = on("on_step_begin", f"if state.global_step == 7: {KILL}")
-    run = start(*SHORT, "--enable_jit_checkpoint", prelude=prelude).wait()
+    run = start(*SHORT, "--enable_jit_checkpoint", prelude="kill.py SIGTERM step 7").wait()
     run.assert_one_line(143, "stopped by SIGTERM", "--resume_from_checkpoint last", "checkpoint-5")
     assert {path.name for path in (tmp_path / "results_rdrop").iterdir()} == {"arguments.json", "checkpoint-5"}
     resumed = start(*SHORT, "--resume_from_checkpoint", "last").wait()
@@ -217,8 +202,7 @@ def at_work(group):
 
 
 def test_killed_data_loader_worker_ends_the_run_in_one_line(start):
-    error = "RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')"  # as torch says it
-    run = start(*SHORT, prelude=on("on_step_begin", f"if state.global_step == 7: raise {error}")).wait()
+    run = start(*SHORT, prelude="fail.py worker 7").wait()
     run.assert_one_line(1, "DataLoader worker (pid 7) is killed", "--resume_from_checkpoint last", "checkpoint-5")
 
 
@@ -277,8 +261,7 @@ def test_loss_that_is_not_finite_stops_the_run(start, tmp_path, how):
 
 
 def test_out_of_gpu_memory_ends_in_one_line_and_leaves_the_folder_free(start, tmp_path):
-    prelude = on("on_step_begin", "if state.global_step == 1: raise torch.OutOfMemoryError('CUDA out of memory.')")
-    run = start(*TINY, "--num_train_epochs", "1", prelude=prelude).wait()
+    run = start(*TINY, "--num_train_epochs", "1", prelude="fail.py gpu_memory 1").wait()
     run.assert_one_line(1, "out of GPU memory", "--per_device_train_batch_size", "--gradient_accumulation_steps")
     flags = re.findall(r"--(\w+)", run.said[0])
     assert set(flags) <= RDropArguments.__dataclass_fields__.keys() and any("checkpointing" in flag for flag in flags)
@@ -287,25 +270,12 @@ def test_out_of_gpu_memory_ends_in_one_line_and_leaves_the_folder_free(start, tm
     assert again.status == 0, again.err
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        "RuntimeError('[enforce fail at inline_container.cc:664] . unexpected pos 192 vs 86')",
-        "OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))",
-    ],
-)
+@pytest.mark.parametrize("error", ["RuntimeError", "OSError"])
 def test_disk_that_is_full_ends_in_one_line(start, error):
-    prelude = (
-        "import errno, os, torch\n"
-        "def save(*args, real=torch.save, **kwargs):\n"
-        f"    if os.path.exists('results_rdrop/checkpoint-8'): raise {error}\n"
-        "    real(*args, **kwargs)\n"
-        "torch.save = save"
-    )
-    run = start(*TINY, "--num_train_epochs", "2", *TINY, prelude=prelude).wait()
+    run = start(*TINY, "--num_train_epochs", "2", *TINY, prelude=f"full_disk.py torch.save {error}").wait()
     run.assert_one_line(1, "the disk is full", "--resume_from_checkpoint last", "checkpoint-4")
 
 
 def test_error_in_training_that_is_none_of_the_users_keeps_its_traceback(start):
-    run = start(*TINY, prelude=on("on_step_begin", "if state.global_step == 1: raise RuntimeError('a bug')")).wait()
+    run = start(*TINY, prelude="fail.py bug 1").wait()
     assert run.status == 1 and "Traceback" in run.err and "RuntimeError: a bug" in run.err and not run.said

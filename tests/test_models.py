@@ -21,15 +21,6 @@ SHAPES = {
         "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2,
     },
 }  # fmt: skip
-SHOW_WIDTHS = """
-import torch
-forward = torch.nn.Embedding.forward
-def shown(self, ids):
-    if len(ids) > 1:  # a batch of texts
-        print("WIDTH", ids.shape[-1])
-    return forward(self, ids)
-torch.nn.Embedding.forward = shown
-"""
 SHORT = ("--num_train_epochs", "1", "--max_train_samples", "64", "--logging_steps", "1")
 
 
@@ -55,7 +46,7 @@ def test_encoder_of_another_kind(start, tmp_path, kind):
 def test_texts_are_cut_to_what_the_model_takes(start, tmp_path, tokenizer_limit):
     tiny_imdb.write_model(tmp_path / "model", max_position_embeddings=42)  # RoBERTa: 40 tokens
     tiny_imdb.make_tokenizer(tokenizer_limit).save_pretrained(tmp_path / "model")
-    run = start("--model_name_or_path", "model", *SHORT, prelude=SHOW_WIDTHS).wait()
+    run = start("--model_name_or_path", "model", *SHORT, prelude="show_widths.py").wait()
     assert run.status == 0, run.err
     limit = min(40, tokenizer_limit)
     assert max(int(line.split()[1]) for line in run.out.splitlines() if line.startswith("WIDTH")) == limit
@@ -144,17 +135,11 @@ def test_model_that_wants_remote_code_is_refused_without_a_question(start, tmp_p
     names = {"AutoConfig": "remote.Config", "AutoModelForSequenceClassification": "remote.Model"}
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "other", "auto_map": names}))
     (tmp_path / "model" / "remote.py").write_text("open('it_ran', 'w')")
-    yes = (  # a terminal on which somebody answers yes to all
-        "import os, pty, sys\n"
-        "terminal, stdin = pty.openpty()\n"
-        "os.write(terminal, b'y\\n' * 9)\n"
-        "sys.stdin = open(stdin)"
-    )
-    run = start("--model_name_or_path", "model", *SHORT, prelude=yes).wait()
+    run = start("--model_name_or_path", "model", *SHORT, prelude="say_yes.py").wait()
     run.assert_one_line(2, "cannot load model (ValueError: The repository model contains custom code")
     assert "[y/N]" not in run.out + run.err and not (tmp_path / "it_ran").exists()
 
 
 def test_too_old_transformers_says_so(start):
-    run = start(prelude="import transformers; transformers.utils.__version__ = '5.22.9'").wait()
+    run = start(prelude="old_transformers.py").wait()
     run.assert_one_line(2, "ImportError: ", "requires a minimum version of 5.23.0, but the version found is 5.22.9.")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import tiny_imdb
-from conftest import SCRIPT, on, scalars, wait_for
+from conftest import SCRIPT, scalars, wait_for
 from safetensors.torch import load_file
 
 DDP = ("--ddp_backend", "gloo")
@@ -122,9 +122,7 @@ def test_machines_that_do_not_share_the_output_folder_end_in_one_line(start_two,
 
 def test_best_checkpoint_that_is_lost_ends_both_processes_with_one_line(start_two):
     first_is_best = ("--metric_for_best_model", "loss", "--greater_is_better", "true")
-    lose = "pathlib.Path(args.output_dir, 'checkpoint-2', 'model.safetensors').unlink()"
-    prelude = on("on_step_end", f"if state.global_step == 3 and args.process_index == 0: {lose}")
-    first, second = (run.wait() for run in start_two(*TINY, *first_is_best, prelude=prelude))
+    first, second = (run.wait() for run in start_two(*TINY, *first_is_best, prelude="lose_models.py 2"))
     first.assert_one_line(1, "the best checkpoint, results_rdrop/checkpoint-2, holds no model")
     assert second.status == 1 and second.said == [] and "Traceback" not in second.err, second.err
 
@@ -139,22 +137,13 @@ def test_processes_that_are_refused_leave_the_folder_to_the_run_at_work(start_tw
 
 
 def test_process_that_is_out_of_gpu_memory_says_so(start_two):
-    full = "if state.global_step == 1 and args.process_index == 1: raise torch.OutOfMemoryError('CUDA out of memory.')"
-    _, second = start_two(*TINY, prelude=on("on_step_begin", full))
+    _, second = start_two(*TINY, prelude="fail.py gpu_memory 1 1")
     second.wait().assert_one_line(1, "out of GPU memory: halve --per_device_train_batch_size")
 
 
 def test_no_buffers_are_broadcast_between_the_passes(start_two):
-    prelude = (
-        "import torch.nn.parallel.distributed as ddp\n"
-        "def init(self, *args, real=ddp.DistributedDataParallel.__init__, **kwargs):\n"
-        "    print('DDP', kwargs)\n"
-        "    real(self, *args, **kwargs)\n"
-        "ddp.DistributedDataParallel.__init__ = init\n"
-        "ddp.DistributedDataParallel._sync_buffers = lambda self: print('BUFFERS', self.forward_sync_buffers)"
-    )
     without_evaluation = ("--eval_strategy", "no", "--load_best_model_at_end", "false")
-    runs = wait_for_both(start_two("--max_steps", "2", *without_evaluation, prelude=prelude))
+    runs = wait_for_both(start_two("--max_steps", "2", *without_evaluation, prelude="show_ddp.py"))
     assert all("DDP" in run.out and "BUFFERS" not in run.out for run in runs)
     assert all("find_unused_parameters': True" not in run.out for run in runs)
 

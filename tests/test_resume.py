@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import Run, assert_same_end, on
+from conftest import Run, assert_same_end
 from safetensors.torch import load_file
 
 from train_rdrop import UserError, find_checkpoint, parse_args
@@ -35,8 +35,7 @@ def resume(start, finished, tmp_path):
 def test_run_that_was_killed_amid_an_epoch_ends_as_if_never_killed(start, strategy):
     flags = (*SHORT, *BY_STEPS, *PATIENT, "--train_sampling_strategy", strategy)
     whole = start(*flags, "--output_dir", "whole")
-    kill = on("on_step_end", "if state.global_step == 13: os.kill(os.getpid(), signal.SIGKILL)")
-    killed = start(*flags, prelude=kill)
+    killed = start(*flags, prelude="kill.py SIGKILL step 13")
     assert (whole.wait().status, killed.wait().status) == (0, -9), whole.err
     resumed = start(*flags, *LAST).wait()
     assert resumed.status == 0 and "steps 12 to 16" in resumed.out, resumed.err
@@ -45,12 +44,9 @@ def test_run_that_was_killed_amid_an_epoch_ends_as_if_never_killed(start, strate
 
 def test_each_epoch_groups_by_length_in_an_order_of_its_own(start):
     flags = (*SHORT, "--train_sampling_strategy", "group_by_length", "--eval_strategy", "no", "--save_strategy", "no")
-    texts = "(batch['input_ids'] * batch['attention_mask']).sum(1).tolist()"
-    show = on("on_epoch_begin", f"print('ORDER', [{texts} for batch in kwargs['train_dataloader']])")
-    run = start(*flags, "--load_best_model_at_end", "false", prelude=show).wait()
+    run = start(*flags, "--load_best_model_at_end", "false", prelude="show_batches.py").wait()
     assert run.status == 0, run.err
-    orders = [json.loads(line[6:]) for line in run.out.splitlines() if line.startswith("ORDER")]
-    first, second = ([text for batch in order for text in batch] for order in orders)
+    first, second = map(json.loads, re.findall("^TRAIN (.*)", run.out, re.M))
     assert first != second and sorted(first) == sorted(second) and len(first) == 120
 
 
@@ -144,21 +140,19 @@ def test_moved_run_that_goes_on_in_another_folder_finds_its_best_checkpoint(star
 
 
 def test_error_after_training_is_not_blamed_on_the_checkpoint(resume):
-    run = resume(prelude="import transformers as t\nt.Trainer.predict = None").wait()
+    run = resume(prelude="fail.py bug predict").wait()
     assert run.status == 1 and "Traceback" in run.err and run.said == [], run.err
 
 
 def test_disk_that_is_full_on_resuming_costs_no_file(resume, tmp_path):
-    full = "import errno, json\ndef dump(*_, **__): raise OSError(errno.ENOSPC, 'No space left')\njson.dump = dump"
     before = (tmp_path / "results_rdrop" / "arguments.json").read_text()
-    resume(prelude=full).wait().assert_one_line(1, "the disk is full", "--resume_from_checkpoint last")
+    run = resume(prelude="full_disk.py json.dump OSError").wait()
+    run.assert_one_line(1, "the disk is full", "--resume_from_checkpoint last")
     assert (tmp_path / "results_rdrop" / "arguments.json").read_text() == before
 
 
 def test_best_checkpoint_without_a_model_ends_in_one_line(start):
-    files = "pathlib.Path(args.output_dir).glob('*/*.safetensors')"
-    lose = on("on_save", f"if state.global_step == 16: [file.unlink() for file in {files}]")
-    run = start(*SHORT, prelude=lose).wait()
+    run = start(*SHORT, prelude="lose_models.py 16").wait()
     assert run.status == 1 and len(run.said) == 1 and "Traceback" not in run.err, run.err
     assert re.search(r"the best checkpoint, results_rdrop/checkpoint-\d+, holds no model", run.said[0])
     assert "all machines must share --output_dir" in run.said[0]

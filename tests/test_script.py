@@ -13,7 +13,7 @@ import tomllib
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, Run, assert_same_end, on, scalars
+from conftest import ROOT, SCRIPT, Run, assert_same_end, scalars
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -44,9 +44,7 @@ def short(tmp_path_factory, argv):
     flags = ("--validation_fraction", "0.1", "--max_train_samples", "64", "--num_train_epochs", "1")
     batches = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2")
     folder = ("--output_dir", ODD, "--positive_label", "neg")
-    count = "sum(int(batch['attention_mask'].sum()) for batch in kwargs['train_dataloader'])"
-    prelude = on("on_train_begin", f"print('TOKENS', {count})")
-    run = Run([*argv, *flags, *batches, *folder], tmp_path_factory.mktemp("short"), prelude=prelude).wait()
+    run = Run([*argv, *flags, *batches, *folder], tmp_path_factory.mktemp("short"), prelude="show_batches.py").wait()
     assert run.status == 0, run.err
     command = re.search("^Try it: +(.*)", run.out, re.M)[1]
     env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
@@ -139,7 +137,8 @@ def test_start_lines_say_what_will_happen(short):
     assert sum(map(int, train.groups())) == 64
     assert lines[1] == "test: 100 of 100 rows, {'neg': 50, 'pos': 50}"
     assert lines[2] == "validation: 40 of 400 rows, {'neg': 20, 'pos': 20}"  # held out of train's 400
-    (tokens,) = re.findall(r"^TOKENS (\d+)$", run.out, re.M)
+    (epoch,) = re.findall("^TRAIN (.*)", run.out, re.M)
+    tokens = sum(len(ids) for ids, _, _ in json.loads(epoch))
     assert lines[3] == f"F1 and AUC of neg; {tokens} tokens to train on, at most 64 a text"
     assert "effective batch 8, steps 0 to 8" in lines
 
@@ -238,24 +237,9 @@ def test_three_classes_from_csv_with_names(start, tmp_path):
     assert answer["label"] == "fair"
 
 
-FP16 = """
-import accelerate, torch
-def init(self, *args, real=accelerate.Accelerator.__init__, **kwargs):
-    real(self, *args, **kwargs)  # refuses fp16 on a CPU, though torch has it
-    self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**24)
-def backward(self, loss, real=accelerate.Accelerator.backward, **kwargs):
-    print("LOSS", loss.dtype)
-    real(self, loss, **kwargs)
-accelerate.Accelerator.__init__, accelerate.Accelerator.backward = init, backward
-"""
-SHOW_HEAD = "kwargs['model'].classifier.register_forward_hook(lambda *_: print('LOGITS', _[-1].dtype))\n"
-FP16 += on("on_train_begin", SHOW_HEAD + "print('SCALE', kwargs['optimizer'].scaler.get_scale())")
-FP16 += on("on_step_end", "print('SCALE', kwargs['optimizer'].scaler.get_scale())")
-
-
 def test_fp16_skips_steps_that_overflow_learns_and_is_resumed_with_its_scaler(start, tmp_path):
     flags = ("--early_stopping_patience", "0", "--num_train_epochs", "4", "--save_total_limit", "9")
-    fp16 = {"env": {"ACCELERATE_MIXED_PRECISION": "fp16"}, "prelude": FP16}
+    fp16 = {"env": {"ACCELERATE_MIXED_PRECISION": "fp16"}, "prelude": "fp16_on_cpu.py"}
     whole = start(*flags, "--output_dir", "whole", **fp16).wait()
     assert whole.status == 0, whole.err
     shown = set(re.findall("^(?:LOGITS|LOSS) .*", whole.out, re.M))

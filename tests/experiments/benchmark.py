@@ -1,9 +1,9 @@
 """How fast train_rdrop.py is beside the published way, on the same model, data and seed, in one process.
 
-    python tests/benchmark.py                                   # the tiny model and data of tiny_imdb.py
-    python tests/benchmark.py --model_name_or_path FOLDER --random_weights --dataset_name FOLDER_OR_HUB_ID \\
-        --max_train_samples 320 --max_eval_samples 320
-    python tests/benchmark.py --memory                          # computed: what a step of roberta-base holds
+    python tests/experiments/benchmark.py            # the tiny model and data of tiny_imdb.py
+    python tests/experiments/benchmark.py --model_name_or_path FOLDER --random_weights \\
+        --dataset_name FOLDER_OR_HUB_ID --max_train_samples 320 --max_eval_samples 320
+    python tests/experiments/benchmark.py --memory   # computed: what a step of roberta-base holds
 
 It takes the script's own flags and those of `BenchmarkArguments`. Each repeat runs every variant once, in rotating
 order: evaluate the initial weights, then train one epoch. Rates are medians over the repeats; ratios are medians of
@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, RobertaConfig, RobertaForSequenceClas
 from transformers import TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[1:3])
 import tiny_imdb
 
 from train_rdrop import RDropArguments, RDropLoss, RDropTrainer, load_model, load_splits, tokenize

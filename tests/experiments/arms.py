@@ -1,6 +1,7 @@
 """Does R-Drop help? Train several arms over several seeds with train_rdrop.py, and compare them seed by seed.
 
-    python tests/arms.py --seeds 42 43 44 45 46 --jobs 2 --dataset_name FOLDER_OR_HUB_ID --validation_fraction 0.1
+    python tests/experiments/arms.py --seeds 42 43 44 45 46 --jobs 2 --dataset_name FOLDER_OR_HUB_ID \\
+        --validation_fraction 0.1
 
 Its own flags are below; every other flag goes to train_rdrop.py as it is. Each finished run becomes a line of the CSV
 file: the same command goes on where it was stopped and, once all runs are there, prints the tables without running
@@ -31,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-SCRIPT = Path(__file__).resolve().parent.parent / "train_rdrop.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "train_rdrop.py"
 ARMS = {
     "ce": ["--rdrop_alpha", "0", "--label_smoothing_factor", "0"],
     "smooth": ["--rdrop_alpha", "0", "--label_smoothing_factor", "0.1"],
@@ -252,7 +253,9 @@ def main(argv=None):
     parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="default: the first six")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="default: 42 43 44")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: tests/arms.csv")
+    parser.add_argument(
+        "--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: arms.csv beside this file"
+    )
     options, flags = parser.parse_known_args(argv)
     for arm in options.arms:
         if arm not in ARMS and not arm.removeprefix("alpha=").replace(".", "", 1).isdecimal():
