@@ -15,56 +15,75 @@ R-Drop (Liang et al., NeurIPS 2021, arXiv 2106.14448) runs each batch through th
 masks each time; the loss asks both outputs for the label and both to agree:
 
     loss = 1/2 (CE_ls(z1, y) + CE_ls(z2, y)) + alpha * 1/2 (KL(p2 || p1) + KL(p1 || p2)),  p = softmax(z)
+
+Contents: arguments, R-Drop (loss and trainer), metrics, data, model, checkpoints, main.
 """
 
+import csv
+import glob
+import gzip
+import hashlib
 import json
 import logging
 import math
 import os
 import re
-import shlex
-import signal
+import reprlib
 import sys
-import warnings
+import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import datasets
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from torch.nn import Embedding, Module, functional as F
+import torch.nn.functional as F
+import transformers
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from sklearn.metrics import accuracy_score, classification_report, f1_score, roc_auc_score
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, EarlyStoppingCallback, HfArgumentParser
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import check_min_version
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments
 
-HUB = f"Give a local folder or a Hub id, owner/name (HF_ENDPOINT, now {os.environ.get('HF_ENDPOINT')}, names a mirror)"
 logger = logging.getLogger("train_rdrop")
-logger.disabled = os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes, one a machine speaks
+short = reprlib.Repr()  # shows users' values: quoted, cut, and without terminal escapes
+short.maxstring, short.maxother, short.maxlist, short.maxdict = 60, 60, 20, 20
 
 
 class UserError(Exception):
-    """What the user can mend: `main` ends the process with its message, on one line."""
+    """A mistake in flags, files or names. Its message is all that the user sees; other errors keep their traceback."""
 
 
-# ------------ arguments
+# -----------------------------------------------------------------------------
+# Arguments: our own flags, and those of TrainingArguments, whose defaults become the recipe's
+
+
 def flag(default, help):
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
-class RDropArguments(TrainingArguments):
-    """The published recipe as defaults, beside every flag of `TrainingArguments`; bad values raise `ValueError`."""
-
+class ModelArguments:
+    _argument_group_name = "model"
     model_name_or_path: str = flag("FacebookAI/roberta-base", "Hub id or folder of the encoder")
+    config_overrides: str | None = flag(None, "Changes of its config: hidden_dropout_prob=0.2,...")
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
     dataset_name: str = flag("stanfordnlp/imdb", "Hub id or folder of the data set")
     dataset_config_name: str | None = flag(None, "Its configuration, if it has several")
     train_file: str | None = flag(None, "In place of a data set: csv, tsv, json, jsonl or parquet")
     validation_file: str | None = flag(None, "Like it; chooses the checkpoint")
     test_file: str | None = flag(None, "Like it; evaluated at the end")
+    quoting: Literal["minimal", "none"] = flag("minimal", "none: quotes in csv and tsv are plain characters")
     validation_split: str = flag("validation", "Split that chooses the checkpoint. Or: none")
     test_split: str = flag("test", "Split evaluated at the end. Or: none")
     validation_fraction: float = flag(0.0, "Share of train held out for validation")
@@ -72,53 +91,86 @@ class RDropArguments(TrainingArguments):
     text_pair_column: str | None = flag(None, "Column of a second text, for pairs as in NLI")
     label_column: str = flag("label", "Column of the label: integers or strings")
     positive_label: str | None = flag(None, "Class of F1 and AUC, of two. Default: the second")
-    max_length: int | None = flag(None, "Tokens kept of a text. Default: all that the model takes")
+    max_length: int = flag(512, "Tokens kept of a text, if the tokenizer does not say less")
     max_train_samples: int | None = flag(None, "Train on so many examples")
     max_eval_samples: int | None = flag(None, "Evaluate on so many examples")
+
+
+@dataclass
+class MethodArguments:
+    _argument_group_name = "R-Drop, early stopping, curves"
     rdrop_alpha: float = flag(5.0, "Weight of the KL term. 0: one pass, the plain baseline")
-    label_smoothing_factor: float = flag(0.1, "Share of the label spread over all classes")
-    learning_rate: float = flag(2e-5, "Peak learning rate of AdamW")
-    weight_decay: float = flag(0.01, "Weight decay of AdamW")
-    lr_scheduler_type: str = flag("cosine", "Course of the learning rate after warmup")
-    warmup_steps: float = flag(0.1, "Steps of warmup or, below 1, their share")
-    per_device_train_batch_size: int = flag(16, "Examples per device in training")
-    per_device_eval_batch_size: int = flag(16, "Examples per device in evaluation")
-    num_train_epochs: float = flag(5.0, "Epochs to train, unless stopped early")
-    fp16: bool = flag(True, "Train in fp16: on CUDA, unless --bf16 is given")
-    seed: int = flag(42, "Seed of the new head, dropout and all draws")
-    dataloader_num_workers: int | None = flag(None, "Processes that make batches. Default: 2 on CUDA")
-    output_dir: str = flag("./results_rdrop", "Folder of checkpoints, best model and figures")
-    resume_from_checkpoint: str | None = flag(None, "last, or the folder of a checkpoint")
-    eval_strategy: str = flag("epoch", "When to evaluate")
-    save_strategy: str = flag("epoch", "When to save a checkpoint")
-    save_total_limit: int | None = flag(2, "Checkpoints kept, with the best")
-    load_best_model_at_end: bool = flag(True, "End with the best checkpoint, not the last")
-    metric_for_best_model: Literal["f1", "accuracy", "auc", "loss"] = flag("f1", "What best means")
+    length_buckets: int = flag(1, "Parts of like length in which a training batch is run: less padding")
     early_stopping_patience: int = flag(3, "Evaluations without gain to stop after; 0: never")
     early_stopping_threshold: float = flag(0.01, "Gain that counts")
-    restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the patience left")
-    logging_steps: float = flag(50, "Steps between two logs")
-    hub_strategy: str = flag("end", "When to push")
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"], metadata={"help": "Where curves go, or none"})
     logging_dir: str = flag("./logs_rdrop", "TensorBoard's folder, with one for each run")
-    logging_nan_inf_filter: bool = flag(False, "Hide losses that are not finite")
-    # several processes: all parameters are used, and buffers broadcast between the two passes break the backward
-    ddp_find_unused_parameters: bool = flag(False, "Look for parameters without gradient")
-    ddp_broadcast_buffers: bool = flag(False, "Broadcast buffers before each pass")
+
+
+RECIPE = {  # defaults that replace those of TrainingArguments; --help explains each
+    # optimization
+    "label_smoothing_factor": 0.1,
+    "learning_rate": 2e-5,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # below 1: the share of the steps
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "num_train_epochs": 5.0,
+    "seed": 42,
+    # hardware
+    "fp16": True,  # on CUDA, unless --bf16 is given
+    "dataloader_num_workers": None,  # 2 on CUDA
+    "ddp_find_unused_parameters": False,
+    "ddp_broadcast_buffers": False,  # buffers must not change between the two passes
+    # evaluation and checkpoints
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "f1",
+    "restore_callback_states_from_checkpoint": True,  # resume with the patience left
+    # output
+    "output_dir": "./results_rdrop",
+    "logging_steps": 50,
+    "logging_nan_inf_filter": False,  # a loss that is not finite is shown
+    "hub_strategy": "end",
+}
+
+
+@dataclass
+class TrainingFlags(TrainingArguments):
+    _argument_group_name = "training: the flags of Hugging Face's TrainingArguments, with the recipe as defaults"
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"], metadata={"help": "Where curves go, or none"})
+
+
+@dataclass
+class RDropArguments(TrainingFlags, MethodArguments, DataArguments, ModelArguments):
+    """All flags in one object. Values that cannot be had raise `ValueError`."""
 
     def __post_init__(self):
         on_cuda = torch.cuda.is_available() and not self.use_cpu
-        self.bf16 |= os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"  # as `accelerate launch` was told
-        self.fp16 &= on_cuda and not self.bf16
+        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":  # as `accelerate launch` was told
+            self.bf16 = True
+        if self.bf16 or not on_cuda:
+            self.fp16 = False
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch would warn in every epoch
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if on_cuda else 0
-        self.dataloader_pin_memory &= torch.accelerator.is_available()  # torch would warn in every epoch
         super().__post_init__()
-        RDropLoss(self.rdrop_alpha, self.label_smoothing_factor)  # refuses what it cannot take
-        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*sizes, "max_length", "max_train_samples", "max_eval_samples", "num_train_epochs"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+        RDropLoss(self.rdrop_alpha, self.label_smoothing_factor)  # checks the range of both
+        sizes = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
+        sizes += ["num_train_epochs", "length_buckets", "max_length", "max_train_samples", "max_eval_samples"]
+        for name in [*sizes, "eval_accumulation_steps"]:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
                 raise ValueError(f"--{name} must be more than 0, not {value}")
+        if min(self.seed, self.dataloader_num_workers) < 0:
+            raise ValueError("--seed and --dataloader_num_workers must be at least 0")
+        if self.metric_for_best_model not in ("f1", "accuracy", "auc", "loss", None):
+            raise ValueError("--metric_for_best_model must be f1, accuracy, auc or loss")
+        if self.greater_is_better == (self.metric_for_best_model == "loss"):
+            raise ValueError("--greater_is_better does not fit --metric_for_best_model: leave it out")
         if len({self.text_column, self.label_column, self.text_pair_column}) < 3:
             raise ValueError("--text_column, --label_column and --text_pair_column must differ")
         if self.validation_split == self.test_split != "none":
@@ -129,251 +181,47 @@ class RDropArguments(TrainingArguments):
             raise ValueError("--save_steps must equal --eval_steps, or the best model would not be saved")
 
 
+# A run trains and evaluates, and its metrics need all labels and logits: these flags cannot be had
+FIXED = ["do_train", "do_eval", "do_predict", "prediction_loss_only", "eval_do_concat_batches", "batch_eval_metrics"]
+FIXED += ["label_names", "debug", "remove_unused_columns", "dataloader_drop_last"]
+RENAMED = {"--warmup_ratio": "--warmup_steps (below 1: a share)", "--evaluation_strategy": "--eval_strategy"}
+RENAMED |= {"--group_by_length": "--train_sampling_strategy group_by_length", "--no_cuda": "--use_cpu"}
+
+
 def parse_args(argv=None) -> RDropArguments:
-    """Read `argv` (strings) or the command line; raises for unknown flags and values that cannot be had."""
-    title = __doc__.partition("\n")[0]
-    parser = HfArgumentParser(RDropArguments, description=title, allow_abbrev=False, exit_on_error=False)
-    args, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    """Read the command line (or `argv`, strings); a mistake in it ends the process with status 2, as argparse does."""
+    groups = [ModelArguments, DataArguments, MethodArguments, TrainingFlags]
+    usage = "%(prog)s [--flag value ...]   (--help lists all flags)"
+    parser = HfArgumentParser(groups, usage=usage, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.set_defaults(**RECIPE, **dict.fromkeys(FIXED))
+    values, unknown = parser.parse_known_args(argv)
     if unknown:  # without their values, which may be tokens
-        flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
-        raise UserError(f"unknown arguments: {', '.join(flags) or 'a stray word'}. --help lists all.")
-    if args.hub_token:  # Trainer would save it in every training_args.bin
+        names = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        now = [f"{name} is now {RENAMED[name]}" for name in names if name in RENAMED]
+        parser.error(". ".join([f"unknown arguments: {', '.join(names) or 'a stray word'}", *now]))
+    for name in FIXED:
+        if vars(values).pop(name) not in (None, name == "do_train" or getattr(TrainingArguments, name, None)):
+            parser.error(f"--{name} cannot be had: a run trains, and evaluates all rows, labels and logits")
+    try:
+        args = RDropArguments(**vars(values))
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # of TrainingArguments, too
+        parser.error(str(error))
+    if args.hub_token:  # else Trainer would save it in every training_args.bin, and push it
         os.environ["HF_TOKEN"] = args.hub_token
         args.hub_token = None
     return args
 
 
-# ------------ output and resume
-# Beginnings of the flags that may change on resuming; for those of the batch, `effective_batch` may not.
-FREE_FLAGS = re.compile(
-    "output_dir|resume_|per_device_|gradient_|activation_|eval_accum|save_|log|report_to|run_name|project|trackio"
-    "|include_|disable_tqdm|hub_|push_|dataloader_[mnp]|ddp_|local_rank|use_cpu|enable_jit"
-)
+# -----------------------------------------------------------------------------
+# R-Drop
 
 
-def newest_complete(checkpoints) -> Path | None:
-    """The newest of `checkpoints` (folders) that holds all that a run needs: Trainer would do without some."""
-    for checkpoint in sorted(checkpoints, key=lambda path: int(re.findall(r"\d+", f"{path.name} 0")[0]), reverse=True):
-        files = ("*model*", "optimizer*", "scheduler.pt", "rng_state*.pth", "trainer_state.json")  # as written
-        missing = [file for file in files if not any(checkpoint.glob(file))]
-        if not missing:
-            return checkpoint
-        logger.warning(f"{checkpoint} is incomplete: it holds no {missing[0]}.")
-    return None
-
-
-def arguments_of(args: RDropArguments) -> dict:
-    """What `arguments.json` holds: every argument, tokens masked, and the effective batch."""
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {**json.loads(args.to_json_string()), "effective_batch": batch}
-
-
-def find_checkpoint(args: RDropArguments) -> Path | None:
-    """The checkpoint to resume from, if any; `UserError` if flags that decide the result have changed."""
-    output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
-    if asked is None:
-        return None
-    checkpoint = newest_complete(output_dir.glob("checkpoint-*") if asked == "last" else [Path(asked)])
-    if checkpoint is None:
-        raise UserError(f"nothing to resume from: no complete checkpoint in {output_dir if asked == 'last' else asked}")
-    was, now = json.loads((checkpoint.resolve().parent / "arguments.json").read_text()), arguments_of(args)
-    if now["num_train_epochs"] > was["num_train_epochs"]:
-        logger.warning("More epochs than the run began with: the learning rate now follows the longer schedule.")
-        was["num_train_epochs"] = now["num_train_epochs"]
-    names = [name for name in now if now[name] != was.get(name) and not FREE_FLAGS.match(name)]
-    if names:
-        changed = "; ".join(f"{name} was {was.get(name)}, is {now[name]}" for name in names)
-        raise UserError(f"a resumed run needs the flags that it began with: {changed}")
-    return checkpoint
-
-
-def claim_output_dir(args: RDropArguments, checkpoint: Path | None) -> Path | None:
-    """Keep other runs out of the output folder by `arguments.json`; returns its path where this process made it."""
-    file = Path(args.output_dir, "arguments.json")
-    if checkpoint and checkpoint.resolve().parent == file.resolve().parent:
-        return None  # the file keeps what the run began with
-    with args.main_process_first(local=False):
-        if args.process_index > 0 and not file.exists():
-            raise UserError(f"--output_dir {args.output_dir} must be a folder that all machines share")
-        if args.process_index == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for name in ("checkpoint-*", "*.safetensors", "*.bin", "*.json"):
-                if any(file.parent.glob(name)):
-                    ways = "choose another --output_dir, resume by --resume_from_checkpoint last, or remove the folder"
-                    raise UserError(f"{args.output_dir} holds an earlier run or a model ({name}): {ways}")
-            with open(file, "x") as output:
-                json.dump(arguments_of(args), output, indent=2)
-    return file if args.process_index == 0 else None
-
-
-# ------------ data
-def read(name: str, builder: str, *config, **options):
-    """`load_dataset` of `builder`; its many kinds of errors become a `UserError` about `name`."""
-    try:
-        return load_dataset(builder, *config, **options)
-    except Exception as error:  # of pandas, pyarrow, fsspec, the Hub's client
-        cause = error.__cause__ or error
-        form = "files in UTF-8, separated by commas in .csv, by tabs in .tsv, with the same columns"
-        raise UserError(f"cannot read {name} ({type(cause).__name__}: {cause}). {HUB}, or {form}") from error
-
-
-def read_file(path: str) -> Dataset:
-    """A csv, tsv, json, jsonl or parquet file, also .gz; in csv and tsv only empty fields are missing."""
-    kind = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
-    if kind in ("csv", "tsv"):
-        warnings.filterwarnings("error", "Length of header")  # more fields than names: an unquoted separator in a text
-        options = {"sep": "," if kind == "csv" else "\t", "keep_default_na": False, "na_values": [""]}
-        return read(path, "csv", data_files=path, split="train", index_col=False, **options)
-    if kind in ("json", "jsonl", "parquet"):
-        return read(path, kind.removesuffix("l"), data_files=path, split="train")
-    raise UserError(f"{path} does not end in .csv, .tsv, .json, .jsonl or .parquet")
-
-
-def read_splits(args: RDropArguments) -> dict[str, Dataset]:
-    """The data as they are: `train` and, where they are there, `validation` and `test`."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `read` reports an unreachable Hub, once
-    if args.train_file:
-        files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-        return {split: read_file(file) for split, file in files.items() if file}
-    names = {"train": "train", "validation": args.validation_split, "test": args.test_split}
-    found = read(args.dataset_name, args.dataset_name, args.dataset_config_name)
-    for split, name in names.items():
-        if name not in found and (split == "train" or name not in (split, "none")):
-            raise UserError(f"{args.dataset_name} has no split {name!r}, only: {', '.join(found)}")
-    return {split: found[name] for split, name in names.items() if name in found}
-
-
-def class_name(value, feature) -> str | None:
-    """The name of the class that `value`, in a column of type `feature`, stands for; None: it is missing."""
-    if isinstance(feature, ClassLabel):
-        return feature.int2str(value) if value is not None and value >= 0 else None
-    if isinstance(value, float):  # pandas makes floats of integers where a field is empty
-        value = None if math.isnan(value) else int(value) if value.is_integer() else value
-    if not isinstance(value, (str, int, type(None))):
-        raise UserError(f"labels must be integers or strings, not {value}. Use --label_column")
-    return None if value is None else str(value).strip() or None
-
-
-def clean(rows: Dataset, split: str, classes: list[str] | None, args: RDropArguments) -> Dataset:
-    """The rows with text and label, as `text`, perhaps `text_pair`, and `labels`; `classes` are the names in train."""
-    columns = [column for column in (args.text_column, args.text_pair_column) if column]
-    for column in (*columns, args.label_column):
-        if column not in rows.column_names:
-            hints = "Use --text_column and --label_column. Is there no header line, or another separator?"
-            raise UserError(f"split {split!r} has no column {column!r}, only {str(rows.column_names)[:200]}. {hints}")
-    feature, texts = rows.features[args.label_column], [rows[column][:] for column in columns]
-    labels = [class_name(value, feature) for value in rows[args.label_column][:]]
-    if not all(isinstance(text, (str, type(None))) for column in texts for text in column):
-        raise UserError(f"split {split!r}: not all of {columns} hold strings. Use --text_column")
-    complete = [all(value and value.strip() for value in row) for row in zip(labels, *texts, strict=True)]
-    if not all(complete):
-        what = f"{complete.count(False)} of {len(rows)} rows without text or label are left out"
-        logger.warning(f"Split {split!r}: {what}, the first is row {complete.index(False)} (counted from 0).")
-    usable = np.flatnonzero(complete).tolist()
-    rows, labels = rows.select(usable), [labels[row] for row in usable]
-    if classes is None:
-        if len(set(labels)) < 2:
-            raise UserError(f"split {split!r} has one label only, {set(labels) or 'none'}: there is nothing to learn")
-        integers = all(label.lstrip("-").isdecimal() for label in labels)
-        classes = getattr(feature, "names", None) or sorted(set(labels), key=int if integers else None)
-    ids = {name: i for i, name in enumerate(classes)}
-    for row, label in zip(usable, labels, strict=True):
-        if label not in ids:
-            raise UserError(f"split {split!r}: row {row} has label {label!r}, train only {', '.join(classes)[:200]}")
-    rows = rows.select_columns(columns).rename_columns(dict(zip(columns, ("text", "text_pair"), strict=False)))
-    return rows.add_column("labels", [ids[label] for label in labels], feature=ClassLabel(names=classes))
-
-
-def load_splits(args: RDropArguments) -> DatasetDict:
-    """Load, check and sub-sample `train` and, where there are, `validation` and `test`, with columns as of `clean`."""
-    found, splits, classes = read_splits(args), DatasetDict(), None
-    for split, rows in found.items():
-        cleaned = clean(rows, split, classes, args)
-        classes = cleaned.features["labels"].names
-        if len(cleaned) > 0:
-            splits[split] = cleaned
-    fraction = args.validation_fraction
-    if fraction and "validation" in splits:
-        raise UserError("a validation split is there: leave out --validation_fraction (or: --validation_split none)")
-    if fraction:
-        parts = splits["train"].train_test_split(fraction, stratify_by_column="labels", seed=args.seed)
-        splits["train"], splits["validation"] = parts["train"], parts["test"]
-    if len(splits) == 1:
-        ways = "--validation_fraction 0.1, --validation_file or --validation_split"
-        raise UserError(f"there is no validation or test split to choose the checkpoint: give {ways}")
-    for split, rows in splits.items():
-        limit = args.max_train_samples if split == "train" else args.max_eval_samples
-        if limit is not None and limit < len(rows):
-            splits[split] = rows.shuffle(seed=args.seed).select(range(limit))
-        counts = np.bincount(splits[split]["labels"], minlength=len(classes)).tolist()
-        counts = dict(zip(classes, counts, strict=True))
-        source = found["train" if fraction and split == "validation" else split]
-        args.distributed_state.print(f"{split}: {len(splits[split])} of {len(source)} rows, {str(counts)[:200]}")
-    chooser = splits.get("validation", splits.get("test"))
-    if args.metric_for_best_model == "auc" and len(set(chooser["labels"])) < len(classes):
-        raise UserError("--metric_for_best_model auc is undefined: the evaluated split has no example of some class")
-    if args.positive_label and (args.positive_label not in classes or len(classes) != 2):
-        raise UserError(f"--positive_label {args.positive_label} is not one of two classes. There are: {classes}")
-    return splits
-
-
-def tokenize(splits: DatasetDict, tokenizer, args: RDropArguments) -> DatasetDict:
-    """Replace the texts by `input_ids` (at most `tokenizer.model_max_length`), ..., and `length` (tokens)."""
-    texts = [column for column in ("text", "text_pair") if column in splits["train"].column_names]
-    options = {"batched": True, "fn_kwargs": {"truncation": True, "return_length": True}, "desc": "Tokenizing"}
-    with args.main_process_first():
-        splits = splits.map(tokenizer, input_columns=texts, remove_columns=texts, **options)
-    if not any(set(tokens) - set(tokenizer.all_special_ids) for tokens in splits["train"][:100]["input_ids"]):
-        raise UserError("the tokenizer knows no word of the first 100 texts: are its files in the model's folder?")
-    for split in splits.keys() - {"train"}:  # longest first: little padding, out of memory at once
-        splits[split] = splits[split].select(np.argsort(splits[split]["length"][:], kind="stable")[::-1])
-    return splits
-
-
-# ------------ model
-def load_model(args: RDropArguments, names: list[str]):
-    """Load the tokenizer, with the number of tokens to keep, and the model, with a new head for labels `names`."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-        tokenizer(["two", "texts"], padding=True)  # raises where there is no padding token
-        if args.max_length and args.max_length <= tokenizer.num_special_tokens_to_add(pair=bool(args.text_pair_column)):
-            raise ValueError("--max_length leaves no room beside the special tokens")
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            args.model_name_or_path,
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-            problem_type="single_label_classification",  # pipelines read it
-            dtype=torch.float32,  # not the checkpoint's: fp16 needs float32 weights to update
-            ignore_mismatched_sizes=True,  # a head for other labels gives way to a new one
-            output_loading_info=True,
-            trust_remote_code=False,  # the default asks on the terminal
-        )
-    except Exception as error:  # of safetensors, tokenizers, the Hub's client
-        raise UserError(f"cannot load {args.model_name_or_path} ({type(error).__name__}: {error}). {HUB}") from error
-    new = loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]}
-    new = sorted(key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key)
-    if new:  # only the head, and a pooler, may be new
-        raise UserError(f"the weights of {args.model_name_or_path} do not fit its config: {new[0]}, ... are missing")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    limits = [args.max_length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, Embedding):
-            # A table with a padding index counts from there: RoBERTa's 514 positions take 512 tokens.
-            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-    # -1 and 10**30 stand for no limit, 512 is the recipe's; saved, so that a pipeline truncates alike
-    tokenizer.model_max_length = min([limit for limit in limits if limit and 0 < limit < 1_000_000], default=512)
-    tokenizer("", truncation=True)  # sets its truncation, which is part of the key of `datasets`' cache
-    return tokenizer, model
-
-
-# ------------ loss
-class RDropLoss(Module):
+class RDropLoss(nn.Module):
     """R-Drop with label smoothing: 1/2 (CE1 + CE2) + alpha * 1/2 (KL(p2 || p1) + KL(p1 || p2)).
 
+    Logits are (batch, classes), labels integers (batch). The loss is a float32 scalar in nats, a mean over the batch;
+    `label_smoothing` is the share of the label spread over all classes. Values out of range raise `ValueError`.
     Liang et al. (2021), section 2.1, add the CEs of the two passes: their loss with weight 2 alpha is twice this one.
-    Logits are (batch, classes), labels integers (batch); every result is a float32 scalar, in nats, averaged over the
-    batch. `label_smoothing` is the share of the label spread over all classes. Values out of range: `ValueError`.
     """
 
     def __init__(self, alpha: float = 1.0, label_smoothing: float = 0.0):
@@ -382,248 +230,714 @@ class RDropLoss(Module):
             raise ValueError(f"alpha (--rdrop_alpha) must be finite and at least 0, not {alpha}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing (--label_smoothing_factor) must be in [0, 1), not {label_smoothing}")
-        self.alpha, self.label_smoothing = alpha, label_smoothing
+        self.alpha = alpha
+        self.label_smoothing = label_smoothing
 
     def forward(self, logits1, logits2, labels):
-        """The loss of two passes, and its terms, not weighted: mean CE, and half the sum of both KL divergences."""
+        ce, kl = self.terms(logits1, logits2, labels)
+        return ce + self.alpha * kl
+
+    def terms(self, logits1, logits2, labels):
+        """The two terms, unweighted: the mean CE of both passes, and the mean of both KL divergences."""
         logits1, logits2 = logits1.float(), logits2.float()
-        log_p1, log_p2 = logits1.log_softmax(dim=-1), logits2.log_softmax(dim=-1)
         ce1 = F.cross_entropy(logits1, labels, label_smoothing=self.label_smoothing)
         ce2 = F.cross_entropy(logits2, labels, label_smoothing=self.label_smoothing)
+        log_p1 = logits1.log_softmax(dim=-1)
+        log_p2 = logits2.log_softmax(dim=-1)
         kl_21 = F.kl_div(log_p1, log_p2, reduction="batchmean", log_target=True)  # KL(p2 || p1)
         kl_12 = F.kl_div(log_p2, log_p1, reduction="batchmean", log_target=True)  # KL(p1 || p2)
-        ce, kl = 0.5 * (ce1 + ce2), 0.5 * (kl_21 + kl_12)
-        return ce + self.alpha * kl, ce, kl
+        return 0.5 * (ce1 + ce2), 0.5 * (kl_21 + kl_12)
 
 
-# ------------ trainer
+def split_by_length(inputs, buckets: int, multiple_of: int = 1):
+    """A batch, padded on the right, in parts of like length, each cut to its longest, and the way back to its order."""
+    lengths = inputs["attention_mask"].sum(dim=-1).cpu()
+    order = lengths.argsort(stable=True)
+    parts = []
+    for rows in order.chunk(buckets):
+        width = math.ceil(lengths[rows[-1]].item() / multiple_of) * multiple_of
+        parts.append({name: tensor[rows, :width] for name, tensor in inputs.items()})
+    return parts, order.argsort()
+
+
 class RDropTrainer(Trainer):
     """A `Trainer` whose training steps run the model twice (once if `alpha` is 0) and take `RDropLoss`.
 
-    Evaluation runs it once: without dropout both passes are equal, and CE is the whole loss. `ce` and `kl`, means over
-    all processes since the last log, stand in the log beside `loss`. Label smoothing is `args.label_smoothing_factor`;
-    all arguments but `alpha` are `Trainer`'s. After a loss that is not finite, the next log or save raises
-    `FloatingPointError`; as it looks at all processes, all must call `save_model`.
+    Label smoothing is `args.label_smoothing_factor`. With `length_buckets` above 1 a training batch is run in so many
+    parts of like length, padded less; the loss stays one mean over the batch. All other arguments are `Trainer`'s.
+    The log shows `ce` and `kl`, the terms of the training loss, as means since the last log over all processes;
+    a training loss that is not finite raises `FloatingPointError` there.
     """
 
     loss_is_scaled_for_ga = False  # a mean over each micro-batch: Trainer divides by the accumulation steps
 
-    def __init__(self, *args, alpha: float = 1.0, **kwargs):
+    def __init__(self, *args, alpha: float = 1.0, length_buckets: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
+        if length_buckets > 1 and getattr(self.processing_class, "padding_side", "right") == "left":
+            raise ValueError("--length_buckets above 1 needs a tokenizer that pads on the right")
+        self.length_buckets = length_buckets
         self.rdrop_loss = RDropLoss(alpha, self.args.label_smoothing_factor)
-        self.sums = torch.zeros(3, device=self.args.device)  # CE, KL, steps; read at a log or save, so no step waits
+        self.sums = torch.zeros(3, device=self.args.device)  # of CE, KL and steps since the last log
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch with `labels`; with `return_outputs` also the logits of the first pass."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        logits = model(**inputs).logits
-        # the same logits twice give the CE of one pass, and KL 0
-        other = model(**inputs).logits if model.training and self.rdrop_loss.alpha > 0 else logits
-        loss, ce, kl = self.rdrop_loss(logits, other, labels)
-        if model.training:
-            parts = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
-            self.sums += parts / getattr(self, "current_gradient_accumulation_steps", 1)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        parts, order = [inputs], slice(None)
+        if model.training and self.length_buckets > 1:
+            multiple_of = 1 if self.args.mixed_precision == "no" else 8
+            parts, order = split_by_length(inputs, self.length_buckets, multiple_of)
 
-    def read_sums(self) -> list[float]:
-        """CE, KL and steps since the last log, summed over all processes."""
-        sums = self.accelerator.reduce(self.sums).tolist()
-        if not all(map(math.isfinite, sums)):
-            raise FloatingPointError(f"the loss is not finite (seen at step {self.state.global_step})")
-        return sums
+        logits1 = torch.cat([model(**part).logits for part in parts])[order]
+        logits2 = logits1  # the same twice: CE is that of one pass, KL is 0
+        if model.training and self.rdrop_loss.alpha > 0:
+            logits2 = torch.cat([model(**part).logits for part in parts])[order]  # dropout draws other masks
+
+        ce, kl = self.rdrop_loss.terms(logits1, logits2, labels)
+        loss = ce + self.rdrop_loss.alpha * kl
+        if model.training:
+            terms = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
+            self.sums += terms / getattr(self, "current_gradient_accumulation_steps", 1)
+        return (loss, {"logits": logits1}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs):
+        """The estimate of `Trainer`, times the passes of a training step."""
+        return super().floating_point_ops(inputs) * (2 if self.rdrop_loss.alpha > 0 else 1)
 
     def log(self, logs, *args, **kwargs):
-        """Log CE and KL, too, beside the training loss."""
-        if "loss" in logs:
-            ce, kl, steps = self.read_sums()
+        """Log the two terms beside the training loss; end a training whose loss is not finite."""
+        if "loss" in logs or "train_loss" in logs:
+            ce, kl, steps = self.accelerator.reduce(self.sums).tolist()
             self.sums.zero_()
+            if not math.isfinite(ce + kl):
+                raise FloatingPointError(f"the loss is not finite (seen at step {self.state.global_step})")
+        if "loss" in logs:
             logs["ce"] = ce / steps
             if self.rdrop_loss.alpha > 0:
                 logs["kl"] = kl / steps
-                if kl == 0 and not self.state.log_history:
-                    logger.warning("KL is 0: the model has no dropout, both passes are equal: R-Drop does nothing.")
         super().log(logs, *args, **kwargs)
 
-    def save_model(self, *args, **kwargs):
-        """Save, unless the training has diverged."""
-        self.read_sums()
-        super().save_model(*args, **kwargs)
+
+# -----------------------------------------------------------------------------
+# Metrics
 
 
-class RunCallback(TrainerCallback):
-    """Keeps a resumed run to the course of an uninterrupted one, and knows how far it has come."""
+def compute_metrics(eval_pred, positive: int = 1) -> dict[str, float]:
+    """Accuracy, F1 and ROC AUC of `eval_pred`: logits (n, classes) and labels (n).
 
-    claim, checkpoint, started = None, None, False  # its arguments.json, what it resumes from, whether steps have begun
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        folders = [self.checkpoint.parent] if self.checkpoint else []
-        for folder in (*folders, args.output_dir):  # where they are now: a run may have been moved
-            best = Path(folder, f"checkpoint-{state.best_global_step}")
-            if best.is_dir():
-                state.best_model_checkpoint = str(best)
-        self.started = state.global_step >= state.max_steps  # a run that was resumed after its end begins no step
-        batch = arguments_of(args)["effective_batch"]
-        args.distributed_state.print(f"effective batch {batch}, steps {state.global_step} to {state.max_steps}")
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if args.train_sampling_strategy == "group_by_length":
-            # Trainer restores the global random state only after a resumed epoch has drawn its order from it.
-            batches = train_dataloader.batch_sampler
-            sampler = getattr(batches, "batch_sampler", batches).sampler  # several processes share one
-            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        best = Path(state.best_model_checkpoint or f"checkpoint-{state.best_global_step}")
-        if args.load_best_model_at_end and state.best_global_step and not any(best.glob("*model*")):
-            raise UserError(f"the best checkpoint, {best}, holds no model: all machines must share --output_dir")
-
-
-# ------------ metrics
-def compute_metrics(eval_pred, loss: RDropLoss, positive: int = 1) -> dict[str, float]:
-    """Loss, accuracy, F1 and ROC AUC of `eval_pred` (logits (n, classes), labels (n)).
-
-    Two classes: F1 of class `positive`, AUC from its softmax probability. More: macro F1, one-vs-rest macro AUC. AUC is
-    left out, with a warning, where a class has no label. `FloatingPointError` where logits are not finite.
+    Two classes: F1 and AUC of class `positive`. More: macro F1, and macro AUC of each class against the rest. AUC is
+    left out where a class has no label. Logits that are not finite raise `FloatingPointError`.
     """
     logits, labels = torch.from_numpy(eval_pred[0]), eval_pred[1]
     if not logits.isfinite().all():
         raise FloatingPointError("the logits of the evaluation are not finite")
-    # Trainer's own mean counts the examples twice that fill up the last batch of several processes
-    metrics = {"loss": loss(logits, logits, torch.from_numpy(labels))[0].item()}
-    binary = logits.shape[-1] == 2
     predictions = logits.argmax(dim=-1).numpy()
-    metrics["accuracy"] = accuracy_score(labels, predictions)
-    metrics["f1"] = f1_score(labels, predictions, pos_label=positive, average="binary" if binary else "macro")
-    if len(np.unique(labels)) < logits.shape[-1]:
-        logger.warning("AUC is undefined and left out: some class has no example.")
-        return metrics
     probabilities = logits.double().softmax(dim=-1).numpy()
-    scores = probabilities[:, positive] if binary else probabilities
-    metrics["auc"] = roc_auc_score(labels == positive if binary else labels, scores, multi_class="ovr")
+    classes = probabilities.shape[-1]
+    metrics = {"accuracy": accuracy_score(labels, predictions)}
+    if classes == 2:
+        metrics["f1"] = f1_score(labels, predictions, pos_label=positive, zero_division=0)
+        labels, probabilities = labels == positive, probabilities[:, positive]
+    else:
+        metrics["f1"] = f1_score(labels, predictions, average="macro", zero_division=0)
+    if len(np.unique(labels)) == classes:
+        metrics["auc"] = roc_auc_score(labels, probabilities, multi_class="ovr")
     return metrics
 
 
-# ------------ main
-def run(args: RDropArguments, callback: RunCallback) -> dict[str, float]:
-    """Load data and model, train, evaluate and save; returns the metrics."""
-    checkpoint = find_checkpoint(args)
-    callback.claim = claim_output_dir(args, checkpoint)
-    Path(args.logging_dir).mkdir(parents=True, exist_ok=True)
-    set_seed(args.seed)  # before the new head is drawn
-    splits = load_splits(args)
-    names = splits["train"].features["labels"].names
-    tokenizer, model = load_model(args, names)
-    splits = tokenize(splits, tokenizer, args)
-    positive = names.index(args.positive_label or names[1])
-    about = f"F1 and AUC of {names[positive]}" if len(names) == 2 else "macro F1 and AUC"
-    tokens = f"{sum(splits['train']['length'])} tokens to train on, at most {tokenizer.model_max_length} a text"
-    args.distributed_state.print(f"{about}; {tokens}")
-    curves = f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}_{Path(args.output_dir).resolve().name}"
-    os.environ["TENSORBOARD_LOGGING_DIR"] = curves = os.path.join(args.logging_dir, curves)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # all is tokenized; else it warns where data loaders fork
-    early_stopping = EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)
-    stops_early = args.early_stopping_patience > 0 and args.eval_strategy != "no"
-    trainer = RDropTrainer(
-        model=model,
-        args=args,
-        train_dataset=splits["train"],
-        eval_dataset=splits.get("validation", splits.get("test")),
-        processing_class=tokenizer,
-        compute_metrics=lambda output: compute_metrics(output, trainer.rdrop_loss, positive),
-        callbacks=[callback, early_stopping] if stops_early else [callback],
-        alpha=args.rdrop_alpha,
-    )
-    signal.signal(signal.SIGTERM, stop)  # again, for --enable_jit_checkpoint sets a handler of its own
-    callback.checkpoint = checkpoint
-    results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+# -----------------------------------------------------------------------------
+# Data
+
+
+@contextmanager
+def loading(what: str, hint: str = "", errors=Exception):
+    """Turn the many kinds of errors of files, libraries and the Hub into one line: what was loaded, why not, a hint."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # datasets wraps errors into its own
+        if isinstance(cause, UserError):
+            raise cause from None
+        if not isinstance(error, errors) and not isinstance(cause, errors):
+            raise
+        raise UserError(f"cannot load {what} ({type(cause).__name__}: {cause}). {hint}") from None
+
+
+def hint_for(flag: str, name: str) -> str:
+    if os.path.isdir(name):
+        return f"Is the folder of {flag} complete?"
+    mirror = f"HF_ENDPOINT, now {os.environ.get('HF_ENDPOINT')}, names a mirror"
+    return f"{flag} takes a local folder or a Hub id, owner/name ({mirror}). Without a Hub: tests/tiny_imdb.py"
+
+
+def label_name(value, feature=None) -> str | None:
+    """The class that a label in a column of type `feature` stands for; None: there is no label."""
+    if value is None or value != value:  # NaN
+        return None
+    if isinstance(feature, ClassLabel):
+        return feature.int2str(value) if value >= 0 else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes floats of integers where a field is empty
+    if not isinstance(value, (str, int)):
+        raise UserError(f"labels are integers or strings, one class a text, not {short.repr(value)}: --label_column")
+    return str(value).strip() or None
+
+
+def check_columns(columns: dict[str, str], there: list[str], where: str):
+    if not there:
+        raise UserError(f"{where} holds no rows")
+    for name in columns.values():
+        if there.count(name) != 1:
+            count = "two columns" if name in there else "no column"
+            hint = "Use --text_column and --label_column. Is there no header line, or another separator?"
+            raise UserError(f"{where} has {count} {short.repr(name)}, only {short.repr(there)}. {hint}")
+
+
+def read_file(path: str, columns: dict[str, str], separator: str | None, quoting: str):
+    """Yield the records of a csv file (with a `separator`) or a json file as it spells them, and the lines of each."""
+    open_file = gzip.open if path.endswith(".gz") else open
+    with open_file(path, "rt", newline="", encoding="utf-8-sig") as file:
+        if separator is None:
+            is_list = file.read(1000).lstrip().startswith("[")
+            file.seek(0)
+            records = json.load(file) if is_list else map(json.loads, filter(str.strip, file))
+            yield from ((record, 1) for record in records)
+            return
+        csv.field_size_limit(2**31 - 1)  # characters of a text; the default is 2 ** 17
+        quotes = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+        reader = csv.DictReader(file, delimiter=separator, quoting=quotes, strict=True)
+        check_columns(columns, list(reader.fieldnames or []), path)
+        for record in reader:
+            if None in record or None in record.values():
+                raise csv.Error(f"line {reader.line_num} has more or fewer fields than the header")
+            label = record[columns["label"]]
+            if re.fullmatch(r"-?\d*\.\d+", label):
+                record[columns["label"]] = float(label)
+            yield record, 1 + sum(str(value).count("\n") for value in record.values())
+
+
+def read_rows(source, where, columns, classes, separator, quoting, digests):
+    """Yield each record as texts, label (none, where a text is missing), row (counted from 0) and lines.
+
+    Other `digests` of the files' contents make `datasets` read them anew.
+    """
+    feature, there = None, {}
+    if isinstance(source, Dataset):
+        feature = source.features[columns["label"]]
+        records = ((record, 1) for record in source)
+    else:
+        records = chain.from_iterable(read_file(path, columns, separator, quoting) for path in source)
+    for number, (record, lines) in enumerate(records):
+        if not isinstance(record, dict) or isinstance(record.get(columns["text"]), dict):
+            raise UserError(f"{where} holds no records: in pandas, to_json(path, orient='records', lines=True)")
+        there |= dict.fromkeys(record)
+        row = {ours: record.get(name) for ours, name in columns.items()}
+        label = label_name(row.pop("label"), feature)
+        for text in row.values():
+            if not isinstance(text, (str, type(None))):
+                raise UserError(f"{where}: row {number} holds {short.repr(text)}, not text: --text_column")
+            if not text or not text.strip():
+                label = None
+        if classes and label and label not in classes:
+            known = short.repr(classes)
+            raise UserError(f"{where}: row {number} has label {short.repr(label)}, train only {known}")
+        yield {**row, "label": label, "row": number, "lines": lines}
+    check_columns(columns, list(there), where)
+
+
+def load_rows(source, where: str, args: DataArguments, classes=None, separator=None, digests=()) -> Dataset:
+    """All rows of `source`, a `Dataset` or paths, as of `read_rows`: read once, and then from the cache."""
+    columns = {"text": args.text_column, "text_pair": args.text_pair_column, "label": args.label_column}
+    columns = {ours: name for ours, name in columns.items() if name}
+    types = dict.fromkeys(columns, Value("string")) | {"row": Value("int64"), "lines": Value("int64")}
+    if isinstance(source, Dataset):
+        check_columns(columns, source.column_names, where)
+        source = source.select_columns(list(columns.values()))
+        if isinstance(source.features[columns["label"]], ClassLabel):
+            types["label"] = source.features[columns["label"]]
+    if classes:
+        types["label"] = ClassLabel(names=classes)
+    kwargs = {"source": source, "where": where, "columns": columns, "classes": classes and tuple(classes)}
+    kwargs |= {"separator": separator, "quoting": args.quoting, "digests": digests}
+    with loading(where, FILE_HINT, FILE_ERRORS):
+        rows = Dataset.from_generator(read_rows, features=Features(types), gen_kwargs=kwargs)
+    lines = rows.with_format("numpy")["lines"][:]
+    if lines.sum() > len(rows):
+        counts = f"{lines.sum()} lines hold {len(rows)} rows, the first of several is row {np.argmax(lines > 1)}"
+        logger.warning(f"{where}: {counts}: texts with line breaks, or stray quotes? --quoting none")
+    return rows
+
+
+FILE_HINT = "Files are UTF-8, with commas in .csv, tabs in .tsv. --quoting none makes quotes plain characters"
+FILE_ERRORS = (OSError, ValueError, EOFError, csv.Error, zlib.error)  # another error is a bug of ours
+
+
+def digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_files(paths: list[str], args: DataArguments, classes=None, separator=None) -> Dataset:
+    """All rows of files of one kind: csv, tsv, json, jsonl or parquet, also .gz."""
+    where = "".join(filter(str.isprintable, ", ".join(paths)))
+    kind = re.search(r"\.(csv|tsv|jsonl?|parquet)(\.gz)?$", paths[0].lower())
+    if not kind:
+        raise UserError(f"{where} does not end in .csv, .tsv, .json, .jsonl or .parquet")
+    with loading(where, FILE_HINT, FILE_ERRORS):
+        source, digests = tuple(paths), tuple(map(digest, paths))
+        if kind[1] == "parquet":
+            source = Dataset.from_parquet([glob.escape(path) for path in paths], config_name="-".join(digests)[:200])
+    separator = separator or {"csv": ",", "tsv": "\t"}.get(kind[1])
+    return load_rows(source, where, args, classes, separator, digests)
+
+
+def load_split(split: str, args: DataArguments, classes=None) -> Dataset | None:
+    """All rows of `train`, `validation` or `test`, if it is there."""
+    if args.train_file:
+        path = getattr(args, f"{split}_file")
+        return load_files([path], args, classes) if path else None
+    name, config = args.dataset_name, args.dataset_config_name
+    there = {"train": "train", "validation": args.validation_split, "test": args.test_split}[split]
+    path, data_dir = os.path.abspath(name), None
+    if os.path.isdir(path) and glob.has_magic(path):  # `datasets` takes a folder's name as a pattern
+        data_dir = os.path.relpath(glob.escape(path), path)
+    with loading(name, hint_for("--dataset_name", name)):
+        builder = datasets.load_dataset_builder(name, config, data_dir=data_dir)
+    files = builder.config.data_files
+    if there not in files:
+        if split == "train" or there not in (split, "none"):
+            raise UserError(f"{name} has no split {there!r}, only: {', '.join(files)}")
+        return None
+    names = [os.path.basename(path) for path in files[there]]
+    if os.path.isdir(name) and len({re.sub(r"-\d+(?=-of-\d+)", "", path) for path in files[there]}) > 1:
+        raise UserError(f"{name} has several files for {there}, {short.repr(names)}: name one by --{split}_file")
+    say(f"{split} is read from {short.repr(names)}")
+    types_are_guessed = builder.info.features is None and builder.name in ("csv", "json", "parquet")
+    with loading(name, hint_for("--dataset_name", name)):
+        if types_are_guessed:
+            found = datasets.DownloadManager().download(list(files[there]))
+        else:
+            found = datasets.load_dataset(name, config, data_dir=data_dir, split=there)
+    if types_are_guessed:
+        return load_files([str(Path(path)) for path in found], args, classes, getattr(builder.config, "sep", None))
+    return load_rows(found, f"split {there!r}", args, classes)
+
+
+def class_names(rows: Dataset) -> list[str]:
+    """The classes in the order of their ids: as declared, or else sorted, integers by their value."""
+    if isinstance(rows.features["label"], ClassLabel):
+        return rows.features["label"].names
+    names = sorted(set(rows.unique("label")) - {None})
+    if all(re.fullmatch(r"-?\d{1,18}", name) for name in names):
+        names.sort(key=int)
+    return names
+
+
+def hold_out(rows: Dataset, fraction: float, seed: int) -> dict[str, Dataset]:
+    """Draw `fraction` of each class, as `validation`, from `rows`."""
+    counts = np.bincount(rows["labels"][:]).tolist()
+    if 1 in counts:
+        rare = short.repr(rows.features["labels"].names[counts.index(1)])
+        raise UserError(f"class {rare} has one row, too few for --validation_fraction: leave it out, or add rows")
+    with loading("the validation part", "Try another --validation_fraction", ValueError):
+        parts = rows.train_test_split(fraction, stratify_by_column="labels", seed=seed)
+    return {"train": parts["train"], "validation": parts["test"]}
+
+
+def load_splits(args: DataArguments, seed: int = 42) -> DatasetDict:
+    """Load, check and sub-sample `train` and, where they are there, `validation` and `test`.
+
+    Columns are `text`, perhaps `text_pair`, `labels` (a `ClassLabel`) and `row` (in the file, counted from 0).
+    """
+    raw = {"train": load_split("train", args)}
+    names = class_names(raw["train"])
+    if len(names) < 2:
+        raise UserError(f"split 'train' has one label only, {short.repr(names)}: there is nothing to learn")
+    if args.positive_label and (args.positive_label not in names or len(names) != 2):
+        label = short.repr(args.positive_label)
+        raise UserError(f"--positive_label {label} is not one of two classes. There are: {short.repr(names)}")
+    raw |= {split: load_split(split, args, names) for split in ("validation", "test")}
+
+    splits = DatasetDict()
+    for split, rows in raw.items():
+        complete = np.flatnonzero(rows.data.column("label").is_valid()) if rows else []
+        if rows and len(complete) < len(rows):
+            first = np.setdiff1d(np.arange(len(rows)), complete)[0]
+            missing = f"{len(rows) - len(complete)} of {len(rows)} rows without text or label are left out"
+            logger.warning(f"Split {split!r}: {missing}, the first is row {first} (counted from 0).")
+        if len(complete):  # GLUE's test splits have no labels
+            rows = rows.select(complete).cast_column("label", ClassLabel(names=names))
+            splits[split] = rows.rename_column("label", "labels").remove_columns("lines")
+    if args.validation_fraction:
+        if "validation" in splits:
+            raise UserError("a validation split is there: leave out --validation_fraction, or --validation_split none")
+        splits |= hold_out(splits["train"], args.validation_fraction, seed)
+        raw["validation"] = raw["train"]
+    if len(splits) == 1:
+        ways = "--validation_fraction 0.1, --validation_file or --validation_split"
+        raise UserError(f"there is no validation or test split to choose the checkpoint: give {ways}")
+
+    for split, rows in splits.items():
+        limit = args.max_train_samples if split == "train" else args.max_eval_samples
+        if limit is not None and limit < len(rows):
+            splits[split] = rows.shuffle(seed=seed).select(range(limit))
+        counts = np.bincount(splits[split]["labels"][:], minlength=len(names)).tolist()
+        by_class = [f"{short.repr(name)}: {count}" for name, count in zip(names, counts, strict=True)]
+        say(f"{split}: {len(splits[split])} of {len(raw[split])} rows, {{{', '.join(by_class[:20])}}}")
+        if 0 in counts and split != "train":
+            logger.warning(f"Split {split!r} has no row of some class: its AUC is undefined and left out.")
+    return splits
+
+
+def encode(*texts, tokenizer):
+    """Tokenize a batch of texts, or of pairs; `cut` says which were longer than the tokenizer's limit."""
+    tokens = tokenizer(*texts, truncation=True, return_length=True)
+    tokens["cut"] = [bool(encoding.overflowing) for encoding in tokens.encodings]
+    return tokens
+
+
+def tokenize(splits: DatasetDict, tokenizer) -> DatasetDict:
+    """Replace the texts by `input_ids`, ..., `length` (at most `tokenizer.model_max_length` tokens) and `cut`."""
+    texts = [column for column in ("text", "text_pair") if column in splits["train"].column_names]
+    tokenizer("", truncation=True)  # sets its truncation, which is part of the key of the cache
+    options = {"batched": True, "fn_kwargs": {"tokenizer": tokenizer}, "desc": "Tokenizing"}
+    splits = splits.map(encode, input_columns=texts, remove_columns=texts, **options)
+    for split in splits.keys() - {"train"}:  # longest first: little padding, out of memory at once
+        longest_first = np.argsort(splits[split]["length"][:], kind="stable")[::-1]
+        splits[split] = splits[split].select(longest_first)
+    return splits
+
+
+# -----------------------------------------------------------------------------
+# Model
+
+
+def load_tokenizer(args: RDropArguments):
+    """The tokenizer, with the number of tokens to keep, by which pipelines will cut texts, too."""
+    name = args.model_name_or_path
+    with loading(name, hint_for("--model_name_or_path", name)):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer(["two", "texts"], padding=True)  # raises where there is no padding token
+    if not 0 < tokenizer.model_max_length < args.max_length:
+        tokenizer.model_max_length = args.max_length
+    if args.max_length <= tokenizer.num_special_tokens_to_add(pair=bool(args.text_pair_column)):
+        raise UserError("--max_length leaves no room beside the special tokens")
+    return tokenizer
+
+
+def load_model(args: ModelArguments, tokenizer, names: list[str]):
+    """The encoder, in float32, with a new head for the classes `names`."""
+    name = args.model_name_or_path
+    with loading(name, hint_for("--model_name_or_path", name)):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # the default asks on the terminal
+    if args.config_overrides:
+        with loading(f"--config_overrides {args.config_overrides}", "Give key=value,... with keys of the config"):
+            config.update_from_string(args.config_overrides)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = "single_label_classification"  # pipelines read it
+    with loading(name, hint_for("--model_name_or_path", name)):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,  # not the checkpoint's: fp16 needs float32 weights to update
+            ignore_mismatched_sizes=True,  # a head for other labels gives way to a new one
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    say(f"new weights, drawn with the seed: {short.repr(sorted(new))}")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def dry_run(model, tokenizer, splits: DatasetDict, alpha: float):
+    """Take the longest row through the model twice, in training mode, before anything slow starts.
+
+    `UserError` where the model cannot take it; a warning where both passes agree, as they do without dropout.
+    """
+    longest = [rows[int(np.argmax(rows["length"][:]))] for rows in splits.values()]
+    row = max(longest, key=lambda row: row["length"])
+    if not set(row["input_ids"]) - set(tokenizer.all_special_ids):
+        raise UserError("the tokenizer knows no word of the longest text: are its files in the model's folder?")
+    inputs = {name: row[name] for name in tokenizer.model_input_names if name in row}
+    batch = tokenizer.pad([inputs, inputs], return_tensors="pt")
+    model.train()
+    hint = "Perhaps it does not take so many: try a shorter --max_length"
+    keep_random_state = torch.random.fork_rng(devices=[])
+    with loading(f"{row['length']} tokens into the model", hint), torch.no_grad(), keep_random_state:
+        first, second = model(**batch).logits, model(**batch).logits
+    model.eval()
+    if alpha > 0 and first.equal(second):
+        mend = "set it by --config_overrides, as hidden_dropout_prob=0.1 (its names are in the model's config.json)"
+        logger.warning(f"The model has no dropout: both passes are equal, R-Drop does nothing but cost: {mend}")
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def read_json(path: Path) -> dict:
+    """What a json file holds; nothing, where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def complete_checkpoints(folders, processes: int) -> list[Path]:
+    """Those of `folders`, by their steps, in which all processes have saved all: Trainer would do without some."""
+    complete = []
+    for folder in folders:
+        state = read_json(folder / "trainer_state.json")  # written last
+        recorded = read_json(folder.resolve().with_name("arguments.json")).get("world_size")
+        needed = min(processes, recorded or processes)
+        if (folder / "rng_state.pth").exists():  # of a single process
+            needed = 1
+        random_states = len(list(folder.glob("rng_state*.pth")))
+        parts = [any(folder.glob(name)) for name in ("*model*", "optimizer*", "scheduler.pt")]
+        if state and all(parts) and random_states >= needed:
+            complete.append((state["global_step"], folder))
+        else:
+            logger.warning(f"{folder} is incomplete: it is passed over.")
+    return [folder for _, folder in sorted(complete)]
+
+
+def find_checkpoint(args: RDropArguments) -> Path | None:
+    """The checkpoint to resume from, if any. A new run must not find the files of another in its output folder."""
+    output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
+    if asked:
+        folders = output_dir.glob("checkpoint-*") if asked == "last" else [Path(asked)]
+        complete = complete_checkpoints(folders, args.world_size)
+        if not complete:
+            where = output_dir if asked == "last" else asked
+            raise UserError(f"nothing to resume from: no complete checkpoint in {where}")
+        best = read_json(complete[-1] / "trainer_state.json")["best_model_checkpoint"]
+        if args.load_best_model_at_end and best and not os.path.isdir(best):
+            ways = "move it back there, or --load_best_model_at_end false"
+            raise UserError(f"the best checkpoint, {best}, is missing, and the run would end with another: {ways}")
+        if complete[-1].resolve().parent == output_dir.resolve():
+            return complete[-1]
+    for pattern in ("checkpoint-*", "*.safetensors", "*.bin", "*.json"):
+        if any(output_dir.glob(pattern)):
+            ways = "choose another --output_dir, or remove the folder"
+            if complete_checkpoints(output_dir.glob("checkpoint-*"), args.world_size):
+                ways += ", or resume by --resume_from_checkpoint last"
+            raise UserError(f"{output_dir} holds an earlier run or a model ({pattern}): {ways}")
+    return complete[-1] if asked else None
+
+
+def record_arguments(args: RDropArguments, checkpoint: Path | None):
+    """Claim the output folder by `arguments.json`; on resuming, say which flags have changed since it was written."""
+    arguments = {**json.loads(args.to_json_string()), "world_size": args.world_size, "resume_from_checkpoint": None}
+    path = Path(args.output_dir, "arguments.json")
     if checkpoint:
-        results.pop("train_loss")  # it lacks the steps before the interruption
-    trainer.save_metrics("train", results, combined=False)
-    evaluated = {"eval": trainer.eval_dataset}
-    if splits.keys() >= {"validation", "test"}:
-        evaluated["test"] = splits["test"]
-    for prefix, split in evaluated.items():
+        before = read_json(checkpoint.resolve().with_name("arguments.json"))
+        changed = [name for name in arguments if before.get(name) != arguments[name]]
+        changes = [f"{name} {short.repr(before.get(name))} -> {short.repr(arguments[name])}" for name in changed]
+        what = ", ".join(changes) if before else "unknown, for its arguments.json is missing or damaged"
+        if what:
+            logger.warning(f"Resuming {checkpoint} with other flags: {what}")
+    with args.main_process_first(local=False):
+        if args.process_index == 0 and not (checkpoint and path.exists()):
+            with loading(args.output_dir, "Has another run just begun there?", OSError), path.open("x") as file:
+                json.dump(arguments, file, indent=2)
+        if not path.exists():
+            raise UserError(f"--output_dir {args.output_dir} must be a folder that all machines share")
+
+
+@contextmanager
+def going_on(args: RDropArguments, checkpoint: Path | None):
+    """Add to an error how to go on; a run that has nothing to go on from frees its output folder."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        print(file=sys.stderr)  # ends the line of the progress bar
+        if isinstance(error, torch.OutOfMemoryError):
+            error.add_note("Halve --per_device_train_batch_size and double --gradient_accumulation_steps (same batch),")
+            error.add_note("or add --activation_checkpointing.")
+        complete = complete_checkpoints(Path(args.output_dir).glob("checkpoint-*"), args.world_size)
+        newest = [checkpoint, *complete][-1]
+        if isinstance(error, FloatingPointError):
+            error.add_note("Start anew with a lower --learning_rate: a resumed run keeps its own.")
+        elif newest:
+            which = "last" if complete else newest
+            error.add_note(f"To go on from {newest}, add --resume_from_checkpoint {which} to the same command.")
+            if newest == checkpoint:
+                error.add_note("If this checkpoint cannot be read, remove it, and resume from the one before.")
+        else:
+            error.add_note("No checkpoint is complete: start anew.")
+        if not complete:
+            Path(args.output_dir, "arguments.json").unlink(missing_ok=True)
+        raise
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
+def say(message: str):
+    """Print, in one of several processes."""
+    PartialState().print(message, flush=True)
+
+
+def say_start(args: RDropArguments, trainer: RDropTrainer, checkpoint: Path | None):
+    """Say what a run will do."""
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    config = trainer.model.config.to_dict()
+    dropout = {key: p for key, p in config.items() if "drop" in key and isinstance(p, (int, float))}
+    say(f"device {device}, mixed precision: {args.mixed_precision}")
+    say(f"alpha {args.rdrop_alpha}, smoothing {args.label_smoothing_factor}, dropout {short.repr(dropout)}")
+    rows, limit = trainer.train_dataset, trainer.processing_class.model_max_length
+    say(f"train: {sum(rows['length'][:])} tokens; {sum(rows['cut'][:])} texts are cut to {limit}")
+    *_, batch, _, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    begun = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
+    say(f"effective batch {batch}, steps {begun} to {steps}")
+
+
+def write_report(args: RDropArguments, rows: Dataset, output, positive: int, figures: dict[str, float], about: str):
+    """Show the final `figures` and what is behind them: the prediction of each row, each class, TensorBoard's tabs."""
+    names = rows.features["labels"].names
+    labels, predicted = output.label_ids, output.predictions.argmax(axis=-1)
+    probabilities = torch.from_numpy(output.predictions).double().softmax(dim=-1).numpy()
+    columns = {"row": rows["row"][:], "label": np.take(names, labels), "predicted": np.take(names, predicted)}
+    columns |= {f"p_{name}": probabilities[:, i] for i, name in enumerate(names)}
+    table = Dataset.from_dict(columns).to_pandas().sort_values("row")
+    table.to_csv(Path(args.output_dir, "predictions.csv"), index=False)
+    shown = {"labels": range(len(names)), "target_names": [short.repr(name) for name in names]}
+    by_class = classification_report(labels, predicted, digits=4, zero_division=0, **shown)
+    Path(args.output_dir, "classification_report.txt").write_text(by_class)
+    what = f"F1 and AUC of {short.repr(names[positive])}" if len(names) == 2 else "macro F1 and AUC"
+    print(f"{about}: {', '.join(f'{name} {value:.4f}' for name, value in figures.items())} ({what})")
+    print(by_class if len(names) <= 20 else "Each class: classification_report.txt")
+    if "tensorboard" in args.report_to:
+        # the HPARAMS tab shows the first five by their names
+        settings = {"alpha": args.rdrop_alpha, "smoothing": args.label_smoothing_factor, "seed": args.seed}
+        settings |= {"learning_rate": args.learning_rate, "epochs": args.num_train_epochs, "figures": about}
+        settings |= {"model": args.model_name_or_path, "data": args.train_file or args.dataset_name}
+        with SummaryWriter(os.environ["TENSORBOARD_LOGGING_DIR"]) as writer:
+            writer.add_hparams(settings, {f"final/{name}": value for name, value in figures.items()}, run_name=".")
+            writer.add_text("final", f"```\n{by_class}\n```")
+            if probabilities.shape[-1] == 2:
+                writer.add_pr_curve("final", labels == positive, probabilities[:, positive])
+
+
+def finish(trainer: RDropTrainer, args: RDropArguments, splits: DatasetDict, positive: int, results: dict):
+    """Evaluate the best model and save it; all figures are added to `results`."""
+    state = trainer.state
+    kept = state.best_model_checkpoint
+    if args.load_best_model_at_end and kept and not any(Path(kept).glob("*model*")):  # Trainer would keep the last
+        raise FileNotFoundError(f"the best checkpoint, {kept}, holds no model any more")
+    step = args.load_best_model_at_end and state.best_global_step or state.global_step
+    epoch = next((entry["epoch"] for entry in state.log_history if entry["step"] == step), state.epoch)
+    what = "best" if args.load_best_model_at_end and kept else "last"
+    say(f"\n{what}: epoch {epoch:g}, checkpoint-{step}, now in {args.output_dir}")
+    chooser = "validation" if "validation" in splits else "test"
+    for prefix, split in {"eval": chooser, "test": "test"}.items():
+        if split not in splits or (prefix, chooser) == ("test", "test"):
+            continue
         # `predict` adds no point to the curves, which show the models in training
-        metrics = {**trainer.predict(split, metric_key_prefix=prefix).metrics, "epoch": trainer.state.epoch}
-        trainer.state.log_history.append({**metrics, "step": trainer.state.global_step})  # for the model card
+        output = trainer.predict(splits[split], metric_key_prefix=prefix)
+        metrics = {**output.metrics, "epoch": epoch}
+        state.log_history.append({**metrics, "step": state.global_step})  # for the model card
         trainer.save_metrics(prefix, metrics, combined=False)
-        results |= metrics
-        figures = {name: metrics[key] for name in ("accuracy", "f1", "auc") if (key := f"{prefix}_{name}") in metrics}
+        names = [name for name in ("accuracy", "f1", "auc", "loss") if f"{prefix}_{name}" in metrics]
+        figures = {name: metrics[f"{prefix}_{name}"] for name in names}
+        results |= {**metrics, "epoch": results["epoch"], "best_epoch": epoch}
+        final = split
     trainer.save_metrics("all", results, combined=False)
     trainer.save_state()
-    summary = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    args.distributed_state.print(f"\n{'Test' if 'test' in splits else 'Validation'} split: {summary} ({about})")
-    if trainer.is_world_process_zero() and "tensorboard" in args.report_to:
-        settings = {"alpha": args.rdrop_alpha, "smoothing": args.label_smoothing_factor, "seed": args.seed}
-        settings |= {"model": args.model_name_or_path, "data": args.train_file or args.dataset_name}
-        settings |= {"learning_rate": args.learning_rate, "epochs": args.num_train_epochs}
-        settings["batch"] = arguments_of(args)["effective_batch"]
-        with SummaryWriter(curves) as writer:
-            writer.add_hparams(settings, {f"final/{name}": value for name, value in figures.items()}, run_name=".")
-        print(f"Curves:     tensorboard --logdir {args.logging_dir}")
-    if args.push_to_hub:  # which saves the model first
+    if trainer.is_world_process_zero():
+        about = f"{final}, which also chose the checkpoint: optimistic" if final == chooser else final
+        write_report(args, splits[final], output, positive, figures, about)
+    if args.push_to_hub:  # saves the model first, and `save_model` would push, too
         on_hub = None if args.train_file or os.path.isdir(args.dataset_name) else args.dataset_name
         trainer.push_to_hub(dataset=on_hub, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
     else:
         trainer.save_model()
-    classify = f'pipeline("text-classification", {json.dumps(args.output_dir)}, truncation=True)'
-    code = shlex.quote(f'from transformers import pipeline; print({classify}("A film to remember."))')
-    args.distributed_state.print(f"Try it:     python -c {code}")
+    trainer.accelerator.wait_for_everyone()  # a launcher ends all processes with the first that ends
     trainer.end()
-    return results
+    text = '{"text": "...", "text_pair": "..."}' if args.text_pair_column else '"A film to remember."'
+    say(f"Model, figures, predictions: {args.output_dir}")
+    if "tensorboard" in args.report_to:
+        say(f"Curves: tensorboard --logdir {args.logging_dir}")
+    say(f'Try it: pipeline("text-classification", {args.output_dir!r}, truncation=True)({text})')
 
 
-def stop(*_):
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # torch would raise for data loaders that have got a SIGTERM too
-    raise KeyboardInterrupt("SIGTERM")
+def build_trainer(args: RDropArguments, model, tokenizer, splits: DatasetDict, positive: int) -> RDropTrainer:
+    """The trainer, with curves in a folder of their own and evaluations on the split that chooses."""
+    run_name = f"{Path(args.output_dir).resolve().name}_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(args.logging_dir, run_name)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # all is tokenized; else it warns where data loaders fork
+    callbacks = []
+    if args.early_stopping_patience > 0 and args.eval_strategy != "no":
+        callbacks = [EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)]
+    multiple_of = 8 if args.mixed_precision != "no" and tokenizer.model_max_length % 8 == 0 else None
+    return RDropTrainer(
+        model=model,
+        args=args,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple_of),
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation", splits.get("test")),
+        processing_class=tokenizer,
+        compute_metrics=lambda eval_pred: compute_metrics(eval_pred, positive),
+        callbacks=callbacks,
+        alpha=args.rdrop_alpha,
+        length_buckets=args.length_buckets,
+    )
 
 
 def main(argv=None) -> dict[str, float]:
-    """Train as `argv` (strings) or the command line says; returns what `all_results.json` holds."""
-    signal.signal(signal.SIGTERM, stop)
-    args, callback = None, RunCallback()
-    try:
-        check_min_version("5.23.0")
-        args = parse_args(argv)
-        return run(args, callback)
-    except (Exception, KeyboardInterrupt) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers may send a second one
-        if callback.claim and not any(re.match("checkpoint-|.*_results", file) for file in os.listdir(args.output_dir)):
-            callback.claim.unlink(missing_ok=True)  # nothing is lost: the folder is free again
-        if args and args.log_level == "debug":
-            raise
-        line, status = str(error), 1 if callback.started else 2
-        if isinstance(error, KeyboardInterrupt):
-            line, status = ("stopped by SIGTERM", 143) if line else ("interrupted", 130)
-        elif isinstance(error, FloatingPointError):
-            line += ": the training has diverged. Start anew with a lower --learning_rate: a resumed run keeps it"
-        elif isinstance(error, torch.OutOfMemoryError):
-            logger.disabled = False  # it may be another process's GPU
-            line, status = "out of GPU memory: halve --per_device_train_batch_size and double ", 1
-            line += "--gradient_accumulation_steps (same effective batch), or add --activation_checkpointing"
-        elif "No space left" in line or (callback.started and "inline_container" in line):  # so says torch's writer
-            line, status = f"the disk is full ({line}): make room", 1
-        elif line.startswith("DataLoader worker"):  # out of memory, or a signal to all processes ended it first
-            status = 1
-        elif not isinstance(error, UserError):
-            if callback.started:
-                raise
-            line = f"{type(error).__name__}: {line} (--log_level debug shows where)"
-            if callback.checkpoint:
-                line = f"cannot resume from {callback.checkpoint}: {line}. "
-                line += "If it is damaged, remove it and resume from the one before"
-        if status != 2 and args and not isinstance(error, (FloatingPointError, UserError)):
-            checkpoint = newest_complete(Path(args.output_dir).glob("checkpoint-*"))
-            resume = f"To go on from {checkpoint}, add --resume_from_checkpoint last to the same command"
-            line += f". {resume if checkpoint else 'No checkpoint has been saved'}."
-        # below the progress bar, if there is one
-        logger.error("\n" * bool(callback.started or callback.checkpoint) + f"train_rdrop.py: {' '.join(line.split())}")
-        sys.exit(status)
+    """Train, evaluate and save as `argv` or the command line says; returns what `all_results.json` holds."""
+    with loading("transformers"):
+        transformers.utils.check_min_version("5.23.0")  # older ones ignore `loss_is_scaled_for_ga`
+    args = parse_args(argv)
+    logger.disabled = not args.should_log  # of several processes, one speaks
+    transformers.utils.logging.disable_progress_bar()  # of loading and writing weights
+    transformers.utils.logging.set_verbosity_error()  # without reports of loading
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `loading` reports an unreachable Hub, once
+    checkpoint = find_checkpoint(args)
+    for folder in (args.output_dir, args.logging_dir):
+        with loading(folder, "It must be a folder, or not there", OSError):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+
+    transformers.set_seed(args.seed)  # before the new head is drawn
+    tokenizer = load_tokenizer(args)
+    with args.main_process_first():  # the others find the result in the cache
+        splits = load_splits(args, args.seed)
+    names = splits["train"].features["labels"].names
+    positive = names.index(args.positive_label) if args.positive_label else 1
+    chooser = splits.get("validation", splits.get("test"))
+    if args.metric_for_best_model == "auc" and len(chooser.unique("labels")) < len(names):
+        raise UserError("--metric_for_best_model auc is undefined: no row of some class in the split that chooses")
+    model = load_model(args, tokenizer, names)
+    with args.main_process_first():
+        splits = tokenize(splits, tokenizer)
+    dry_run(model, tokenizer, splits, args.rdrop_alpha)
+    with loading("what the flags ask for", "", (ValueError, ImportError, OSError, RuntimeError)):
+        trainer = build_trainer(args, model, tokenizer, splits, positive)
+        say_start(args, trainer, checkpoint)
+
+    record_arguments(args, checkpoint)
+    with going_on(args, checkpoint):
+        results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        if checkpoint:
+            results.pop("train_loss")  # of the steps since, of which there may be none
+        results["epoch"] = trainer.state.epoch
+        trainer.save_metrics("train", results, combined=False)
+        finish(trainer, args, splits, positive, results)
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one speaks
+            line = "".join(filter(str.isprintable, " ".join(str(error).split())))
+            print(f"train_rdrop.py: error: {line[:1000]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print("train_rdrop.py: interrupted.", *getattr(error, "__notes__", []), file=sys.stderr)
+        sys.exit(130)

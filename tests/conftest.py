@@ -1,5 +1,6 @@
 """Fixtures: a tiny model and data set made on the spot, and the script started as a user starts it, but quickly."""
 
+import csv
 import json
 import multiprocessing
 import os
@@ -96,6 +97,12 @@ class Run:
         assert self.status == status and len(self.said) == 1 and "Traceback" not in self.err, self.err
         assert all(str(word) in self.said[0] for word in words), (words, self.said[0])
 
+    def assert_traceback(self, *words):
+        """It has ended with one traceback, and the error at its end, with the notes below it, holds all `words`."""
+        assert self.status == 1 and self.said == [] and "Traceback" in self.err, self.err
+        error = self.err[self.err.rindex("Traceback") :]
+        assert all(str(word) in error for word in words), (words, error)
+
 
 def said(err):
     return [line for line in err.splitlines() if line.startswith("train_rdrop.py: ")]
@@ -155,6 +162,19 @@ def assert_same_end(one, two, outputs=("results_rdrop", "results_rdrop")):
     assert seen == other_seen
     for weights, other in ((best, other_best), (last, other_last)):
         assert weights.keys() == other.keys() and all(weights[name].equal(other[name]) for name in weights)
+
+
+def newest_checkpoint(folder, processes=1):
+    """The last complete checkpoint in `folder`, if any, for a run of so many processes."""
+    from train_rdrop import complete_checkpoints
+
+    return (complete_checkpoints(Path(folder).glob("checkpoint-*"), processes) or [None])[-1]
+
+
+def predictions(folder):
+    """The rows of `predictions.csv` in `folder`, as strings."""
+    with open(Path(folder, "predictions.csv"), newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def scalars(folder):

@@ -1,13 +1,18 @@
 """The comparison of arms on the tiny data: interrupted, continued, printed again; its intervals against SciPy's."""
 
+import shutil
 import subprocess
 import sys
 
 import arms
 import numpy as np
 import pytest
+import tiny_imdb
 from conftest import ROOT, Run
 from scipy import stats
+from transformers import RobertaModel
+
+import train_rdrop
 
 
 @pytest.fixture
@@ -55,7 +60,8 @@ def test_interrupted_comparison_goes_on_where_it_stopped(compare, tmp_path, caps
     compare(*ARMS)
     assert len(compare.starts) == 2 and capsys.readouterr().out.partition("| arm")[2] == tables
 
-    found = arms.read(tmp_path / "arms.csv", [*ARMS[6:], *map(str, argv), "--max_train_samples", "32"])
+    ((setting, found),) = arms.read(tmp_path / "arms.csv").items()
+    assert setting == arms.name_of([*ARMS[6:], *map(str, argv), "--max_train_samples", "32"])
     loss = {arm: [found[arm, seed]["eval_loss"] for seed in (1, 2)] for arm in ("smooth", "both")}
     low, high = stats.ttest_rel(loss["both"], loss["smooth"]).confidence_interval(0.95)
     assert f"| {(low + high) / 2:+.3f} ± {(high - low) / 2:.3f} (" in tables
@@ -67,20 +73,160 @@ def test_interrupted_comparison_goes_on_where_it_stopped(compare, tmp_path, caps
     assert "KL by epoch, both: " in tables and "KL by epoch, smooth" not in tables
 
 
+def show(*flags):
+    """`python arms.py --show *flags`, which needs no torch, and not the script either."""
+    script = str(ROOT / "tests" / "experiments" / "arms.py")
+    code = "import runpy, sys; sys.argv = ['arms.py', '--show', *sys.argv[1:]]"
+    code += f"; runpy.run_path({script!r}, None, '__main__')"
+    code += "; assert not {'torch', 'transformers', 'datasets', 'train_rdrop'} & sys.modules.keys()"
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_show_prints_each_setting_apart_and_starts_nothing(tmp_path):
+    line = "{arm},{seed},{flags},0.8,{f1},0.9,0.5,0.1,0.45,4,{kl},600,{cpu},EPYC\n"
+    table = [",".join(arms.COLUMNS) + "\n"]
+    for seed, f1 in enumerate((0.81, 0.82, 0.84), 1):
+        table.append(line.format(arm="smooth", seed=seed, flags="--model_name_or_path model", f1=f1, kl="", cpu=500))
+        table.append(line.format(arm="both", seed=seed, flags="--model_name_or_path model", f1=0.83, kl="1 3", cpu=800))
+        other = {"flags": "--model_name_or_path model@0123abcd", "f1": 0.7, "kl": "", "cpu": 500}
+        table.append(line.format(arm="smooth", seed=seed, **other))
+    for seed in (1, 2):
+        alpha = {"arm": "alpha=2", "flags": "--model_name_or_path model", "f1": 0.85, "kl": "2 2", "cpu": 900}
+        table.append(line.format(seed=seed, **alpha))
+    (tmp_path / "mine.csv").write_text("".join(table))
+
+    run = show("--csv", tmp_path / "mine.csv")
+    assert run.returncode == 0, run.stderr
+    first, second = run.stdout.split("Setting: ")[1:]
+    assert first.startswith("--model_name_or_path model\n") and second.startswith(
+        "--model_name_or_path model@0123abcd\n"
+    )
+    named, alphas = first.split("by the seeds [1, 2] alone")
+    low, high = stats.ttest_rel([0.83] * 3, [0.81, 0.82, 0.84]).confidence_interval(0.95)
+    assert f"| {50 * (low + high):+.2f} ± {50 * (high - low):.2f} (2) |" in named and "| 1.60 ± 0.00 |" in named
+    assert "| smooth | 3 | 80.00 ± 0.00 | 82.33 ± 1.53 |" in named and "alpha=2" not in named
+    assert "| smooth | 2 | 80.00 ± 0.00 | 81.50 ± 0.71 |" in alphas and "| alpha=2 - smooth | 2 | " in alphas
+    assert alphas.index("| smooth |") < alphas.index("| alpha=2 |") < alphas.index("| both |"), "in the order of alpha"
+    assert "KL by epoch, both: 1.0000, 3.0000 (the highest of a seed: 3.0000)" in named
+    assert "| smooth | 3 | 80.00 ± 0.00 | 70.00 ± 0.00 |" in second and "both" not in second.partition("Shares")[0]
+
+    run = show("--csv", tmp_path / "mine.csv", "--max_length", "64")
+    assert run.returncode == 2 and "--show takes no other flag" in run.stderr
+
+
+def test_show_prints_what_the_pages_state():
+    """Of each row of a table on results, in README or on its own page, every cell stands in one row that is printed."""
+    printed = show().stdout.splitlines()
+    names = [*arms.ARMS, *(f"{one} - {two}" for one, two in arms.PAIRS)]
+    pages = ROOT / "README.md", ROOT / "tests" / "experiments" / "README.md"
+    for page, tables in zip(pages, (("both - ce", "both - smooth"), names), strict=True):
+        rows = [line for line in page.read_text().splitlines() if line.split("|")[1:2] and " |" in line]
+        rows = [row for row in rows if row.split("|")[1].strip() in names or row.startswith("| alpha=")]
+        assert {row.split("|")[1].strip() for row in rows} >= set(tables)
+        for row in rows:
+            name, *cells = row.strip("| ").split(" | ")
+            same = [line for line in printed if line.startswith(f"| {name} |")]
+            assert any(all(f"| {value} " in line for value in cells) for line in same), row
+
+
+def test_other_model_or_data_in_a_folder_of_the_same_name_is_another_setting(compare, tiny, tmp_path, argv, capsys):
+    shutil.copytree(tiny, tmp_path / "copy")
+    one = arms.name_of(["--model_name_or_path", str(tiny / "model"), "--train_file", str(tiny / "data/test.parquet")])
+    same = [
+        f"--model_name_or_path={tmp_path / 'copy' / 'model'}/",
+        "--train_file",
+        f"{tmp_path}/copy/data/test.parquet",
+    ]
+    assert (
+        arms.name_of(same) == one and one.startswith("--model_name_or_path model@") and " test.parquet@" not in one[:36]
+    )
+    (tmp_path / "copy" / "model" / ".cache").write_text("of a download")
+    assert arms.name_of(same) == one
+    tiny_imdb.make_reviews(100, seed=3).to_parquet(tmp_path / "copy" / "data" / "test.parquet")
+    assert arms.name_of(same).split()[:2] == one.split()[:2] and arms.name_of(same) != one
+    assert arms.name_of(["--model_name_or_path", "owner/model"]) == "--model_name_or_path owner/model"
+
+    # a hidden change of the weights alone: nothing that was run is taken for it
+    compare.interrupted_after = 9
+    flags = ("--arms", "smooth", "--seeds", "1", "--num_train_epochs", "1")
+    compare(*flags)
+    tiny_imdb.write_model(tmp_path / "other" / "model", initializer_range=0.1)
+    argv[1] = tmp_path / "other" / "model"
+    compare(*flags)
+    assert len(compare.starts) == 2 and len(arms.read(tmp_path / "arms.csv")) == 2
+    compare(*flags)
+    assert len(compare.starts) == 2
+
+
+def test_lines_without_a_hash_are_shown_but_not_pooled(compare, tmp_path):
+    compare.interrupted_after = 9
+    flags = ("--arms", "smooth", "--seeds", "1", "--num_train_epochs", "1")
+    compare(*flags)
+    file = tmp_path / "arms.csv"
+    file.write_text(file.read_text().replace(next(iter(arms.read(file))), "--model_name_or_path model"))
+    compare(*flags)
+    assert len(compare.starts) == 2
+    assert show("--csv", file).stdout.count("| smooth | 1 |") == 2, "one in each setting"
+
+
 def test_interval_and_power_are_those_of_scipy():
     differences = np.random.default_rng(0).normal(0.004, 0.01, 8)
-    mean, width = arms.paired(differences)
-    low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    assert (mean - width, mean + width) == pytest.approx((low, high))
-    n = arms.seeds_needed(differences, 0.005)
+    for confidence in (0.95, 0.999):
+        mean, width = arms.paired(differences, confidence)
+        low, high = stats.ttest_1samp(differences, 0).confidence_interval(confidence)
+        assert (mean - width, mean + width) == pytest.approx((low, high))
+    n = arms.seeds_needed(differences.std(ddof=1), 0.005)
     draws = np.random.default_rng(1).normal(0.005, differences.std(ddof=1), (4000, n))
     power = (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean()
     assert 0.77 < power < 0.85, "some 80 % of the experiments of that size see it"
+    assert arms.needed(differences).startswith(f"{n} (")
 
 
-def test_same_reviews_and_head_for_each_arm_and_twice_the_epochs_for_one():
+def test_flags_of_each_arm():
     assert arms.arm_flags("smooth_twice", 4.0)[-1] == "8.0" and arms.arm_flags("both", 4.0)[-1] == "4.0"
     assert arms.arm_flags("two_pass", 4.0)[1] == "1e-9" and arms.arm_flags("alpha=0.5", 4.0)[1] == "0.5"
+
+
+def test_same_rows_order_and_initial_weights_for_each_arm(argv, tmp_path, monkeypatch):
+    """What the script itself trains and evaluates on, batch by batch, and the weights that it begins with."""
+    compute_loss = train_rdrop.RDropTrainer.compute_loss
+
+    def record(trainer, model, inputs, *args, **kwargs):
+        if not seen:
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        batch = [inputs["input_ids"].tolist(), inputs["labels"].tolist()]
+        seen.append((model.training, batch))
+        return compute_loss(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(train_rdrop.RDropTrainer, "compute_loss", record)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # which the script sets
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    encoder = tmp_path / "encoder"  # without a head
+    shutil.copytree(argv[1], encoder)
+    RobertaModel.from_pretrained(encoder).save_pretrained(encoder)
+    argv[1] = encoder
+    flags = [*map(str, argv), "--max_train_samples", "48", "--max_eval_samples", "20", "--validation_fraction", "0.1"]
+    runs = {}
+    for number, (arm, seed) in enumerate([*[(arm, 1) for arm in (*arms.ARMS, "alpha=2")], ("ce", 2)]):
+        seen = runs[arm, seed] = []
+        train_rdrop.main(arms.run_flags(arm, seed, flags, 1, tmp_path / str(number)))
+
+    weights, *batches = runs["ce", 1]
+    training = [batch for is_training, batch in batches if is_training]
+    evaluation = [batch for is_training, batch in batches if not is_training]
+    assert sum(len(labels) for _, labels in training) == 48 and len(evaluation) == 6, "one epoch; 20 rows thrice"
+    for arm in (*arms.ARMS, "alpha=2"):
+        other_weights, *other = runs[arm, 1]
+        assert other_weights.keys() == weights.keys() and any("classifier" in name for name in weights)
+        assert all(weights[name].equal(tensor) for name, tensor in other_weights.items()), arm
+        assert [batch for is_training, batch in other if is_training][:3] == training, arm
+        assert [batch for is_training, batch in other if not is_training][-4:] == evaluation[-4:], arm
+    other_weights, *other = runs["ce", 2]
+    head = "classifier.out_proj.weight"
+    assert not other_weights[head].equal(weights[head]) and [batch for _, batch in other] != [
+        batch for _, batch in batches
+    ]
 
 
 def test_unknown_arm_is_named():

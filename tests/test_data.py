@@ -1,5 +1,6 @@
 """Data as people have them: their files, splits, labels and pairs; what cannot be trained on ends in one line."""
 
+import ast
 import json
 import re
 
@@ -21,7 +22,12 @@ GOOD = ["a fine film,1", "a dull film,0", "so fine,1", "so dull,0"]
 @pytest.fixture
 def load(argv):
     """`load(*flags)`: the splits that a run with these flags trains and evaluates on."""
-    return lambda *flags: load_splits(parse_args([str(flag) for flag in [*argv, "--report_to", "none", *flags]]))
+
+    def load(*flags):
+        args = parse_args([str(flag) for flag in [*argv, "--report_to", "none", *flags]])
+        return load_splits(args, args.seed)
+
+    return load
 
 
 def sizes(splits):
@@ -94,10 +100,14 @@ def test_files_start_lines_and_summary(files_run):
         "validation: 40 of 40 rows, {'-1': 20, '1': 20}",
         "test: 50 of 50 rows, {'-1': 25, '1': 25}",
     ]
-    assert re.fullmatch(r"F1 and AUC of -1; \d+ tokens to train on, at most 20 a text", lines[3])
+    tokenizer = AutoTokenizer.from_pretrained(files_run.folder / "results_rdrop")
+    texts = pd.read_csv(files_run.folder / "train.csv").dropna()["text"]
+    lengths = [len(tokens) for tokens in tokenizer([text for text in texts if text.strip()])["input_ids"]]
+    cut = sum(length > 20 for length in lengths)
+    assert f"train: {sum(min(length, 20) for length in lengths)} tokens; {cut} texts are cut to 20" in lines
     figures = files_run.json("all_results.json")
-    said = ", ".join(f"{name} {figures['test_' + name]:.4f}" for name in ("accuracy", "f1", "auc"))
-    assert f"Test split: {said} (F1 and AUC of -1)" in lines
+    said = ", ".join(f"{name} {figures['test_' + name]:.4f}" for name in ("accuracy", "f1", "auc", "loss"))
+    assert f"test: {said} (F1 and AUC of '-1')" in lines
     assert files_run.err.count("are left out") == 1
     assert "Split 'train': 2 of 192 rows without text or label are left out, the first is row 5 (" in files_run.err
 
@@ -137,7 +147,7 @@ def test_positive_label_that_is_not_one_of_two_classes_is_refused(load, tmp_path
     three = write_csv(tmp_path / "three.csv", [*GOOD, "so so,2"])
     for file, label, classes in ((two, "good", "['0', '1']"), (three, "1", "['0', '1', '2']")):
         run = start("--train_file", file, "--test_file", file, "--positive_label", label).wait()
-        run.assert_one_line(2, f"--positive_label {label} is not one of two classes. There are: {classes}")
+        run.assert_one_line(2, f"--positive_label '{label}' is not one of two classes. There are: {classes}")
     assert sizes(load("--train_file", two, "--test_file", two, "--positive_label", "0")) == {"train": 4, "test": 4}
 
 
@@ -242,13 +252,21 @@ LABELS = [  # kind of file, labels as it holds them, the names of the classes, t
     ("csv", ["10", "1", "2"], ["1", "2", "10"], [2, 0, 1]),
     ("csv", ["1", "-1"], ["-1", "1"], [1, 0]),
     ("csv", ["4.0", "2.0"], ["2", "4"], [1, 0]),
-    ("csv", ["true", "false"], ["False", "True"], [1, 0]),
+    ("csv", ["true", "false"], ["false", "true"], [1, 0]),
+    ("csv", ["True", "true", "TRUE", "1"], ["1", "TRUE", "True", "true"], [2, 3, 1, 0]),
+    ("csv", ["01", "1", "02", "10"], ["01", "1", "02", "10"], [0, 1, 2, 3]),
+    ("csv", ["1e3", "+1", "1000", "0x1", "1_0"], ["+1", "0x1", "1000", "1_0", "1e3"], [4, 0, 2, 1, 3]),
+    ("csv", ["1.0", "1", "2.0", "-0.0"], ["0", "1", "2"], [1, 1, 2, 0]),
+    ("csv", ["2024-01-31", "1/2", "10:30"], ["1/2", "10:30", "2024-01-31"], [2, 0, 1]),
+    ("csv", ["123456789012345678901", "2"], ["123456789012345678901", "2"], [0, 1]),
     ("csv", ["None", "NA", "nan", "null", "N/A"], ["N/A", "NA", "None", "nan", "null"], [2, 1, 3, 4, 0]),
     ("jsonl", [2, 0, 1], ["0", "1", "2"], [2, 0, 1]),
     ("jsonl", ["10", " 1", "2 "], ["1", "2", "10"], [2, 0, 1]),
     ("jsonl", ["10", "2", "two"], ["10", "2", "two"], [0, 1, 2]),
     ("jsonl", [10.0, 2.0, 1.0], ["1", "2", "10"], [2, 1, 0]),
     ("jsonl", [True, False], ["False", "True"], [1, 0]),
+    ("jsonl", ["01", 1, "1", 1.0, "1.0"], ["01", "1", "1.0"], [0, 1, 1, 1, 2]),
+    ("jsonl", ["2024-01-31", "2024-01-31T10:00:00Z"], ["2024-01-31", "2024-01-31T10:00:00Z"], [0, 1]),
 ]
 
 
@@ -269,7 +287,7 @@ def test_columns_by_any_name_beside_others(load, tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     splits = load("--dataset_name", tmp_path, "--text_column", "length", "--label_column", "stars")
     for rows in splits.values():
-        assert set(rows.column_names) == {"text", "labels"} and rows["labels"][:] == [0, 1, 2] * 2
+        assert set(rows.column_names) == {"text", "labels", "row"} and rows["labels"][:] == [0, 1, 2] * 2
         assert rows["text"][:] == [f"text {i}" for i in range(6)]
 
 
@@ -280,7 +298,8 @@ def test_declared_classes_stay_though_train_lacks_one(load, tmp_path, capsys):
     splits = load("--dataset_name", tmp_path)
     assert splits["train"].features["labels"].names == splits["test"].features["labels"].names == names
     assert splits["train"]["labels"][:] == [0, 1, 1] and splits["test"]["labels"][:] == [2, 0]
-    assert "train: 3 of 3 rows, {'very good': 1, 'bad': 2, 'so so': 0}" in capsys.readouterr().out
+    (counts,) = re.findall("^train: 3 of 3 rows, (.*)", capsys.readouterr().out, re.M)
+    assert ast.literal_eval(counts) == {"very good": 1, "bad": 2, "so so": 0}
 
 
 # ---------------------------------------------------------------------------------------- rows without text or label
@@ -336,7 +355,7 @@ def test_minus_one_under_declared_classes_is_no_label(load, tmp_path, caplog):
 def test_row_without_its_second_text_is_left_out(load, tmp_path, caplog):
     file = write_csv(tmp_path / "pairs.csv", ["a,b,1", "c,,0", "d,e,0", ",f,1"], "text,other,label")
     splits = load("--train_file", file, "--test_file", file, "--text_pair_column", "other")
-    assert splits["train"][:] == {"text": ["a", "d"], "text_pair": ["b", "e"], "labels": [1, 0]}
+    assert splits["train"][:] == {"text": ["a", "d"], "text_pair": ["b", "e"], "labels": [1, 0], "row": [0, 2]}
     assert "2 of 4 rows" in caplog.messages[0] and "the first is row 1" in caplog.messages[0]
 
 
@@ -350,7 +369,7 @@ def test_split_of_which_nothing_remains_counts_as_not_there(load, tmp_path, capl
     assert "validation: 4 of 20 rows, {'0': 2, '1': 2}" in capsys.readouterr().out
     with pytest.raises(UserError, match="there is no validation or test split"):
         load(*files)
-    with pytest.raises(UserError, match="split 'train' has one label only, none: there is nothing to learn"):
+    with pytest.raises(UserError, match=r"split 'train' has one label only, \[\]: there is nothing to learn"):
         load("--train_file", empty, "--test_file", good)
 
 
@@ -394,9 +413,9 @@ def test_pairs_are_encoded_as_the_tokenizer_encodes_pairs(pairs):
         (shown,) = re.findall(f"^{name} (.*)", run.out, re.M)
         assert sorted(wanted) == sorted(json.loads(shown))
     assert len(cut) == 4, "either text is the longer one in some pair"
-    lines = run.out.splitlines()
-    assert lines[0] == "train: 64 of 64 rows, {'entailment': 22, 'neutral': 21, 'contradiction': 21}"
-    assert lines[1].startswith("validation: 32 of 32 rows, ") and lines[2].startswith("macro F1 and AUC; ")
+    (counts,) = re.findall("^train: 64 of 64 rows, (.*)", run.out, re.M)
+    assert ast.literal_eval(counts) == {"entailment": 22, "neutral": 21, "contradiction": 21}
+    assert "\nvalidation: 32 of 32 rows, " in run.out and "(macro F1 and AUC)" in run.out
 
 
 def test_pipeline_gives_the_figures_reported_for_pairs(pairs):
@@ -421,19 +440,29 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
         {"train.csv": GOOD},
         ["a validation split is there: leave out --validation_fraction"],
     ),
-    "no data files": ("", {"notes.md": []}, ["cannot read data ("]),
-    "file that is not there": (FILES, {"train.csv": GOOD}, ["cannot read data/test.csv (FileNotFoundError"]),
+    "no data files": ("", {"notes.md": []}, ["cannot load data ("]),
+    "file that is not there": (FILES, {"train.csv": GOOD}, ["cannot load data/test.csv (FileNotFoundError"]),
     "file of no known kind": ("--train_file data/t.txt", {"t.txt": GOOD}, ["data/t.txt does not end in .csv, "]),
-    "train file without rows": (FILES, {"train.csv": [], "test.csv": GOOD}, ["cannot read data/train.csv ("]),
-    "test file without rows": (FILES, {"train.csv": GOOD, "test.csv": []}, ["cannot read data/test.csv ("]),
-    "empty split": ("", {"train.csv": GOOD, "test.csv": []}, ["cannot read data (", "no data"]),
-    "empty train split": ("", {"train.csv": [], "test.csv": GOOD}, ["cannot read data ("]),
-    "ragged csv": ("", {"train.csv": [*GOOD, "a,b,c,d"], "test.csv": GOOD}, ["Expected 2 fields in line 6, saw 4"]),
-    "other columns": ("", {"train.csv": GOOD, "test.jsonl": ['{"text": "a"}']}, ["cannot read data (", "same columns"]),
+    "train file without rows": (FILES, {"train.csv": [], "test.csv": GOOD}, ["data/train.csv holds no rows"]),
+    "test file without rows": (FILES, {"train.csv": GOOD, "test.csv": []}, ["data/test.csv holds no rows"]),
+    "file of no bytes": (
+        "--train_file data/train.csv --test_file data/none.csv",
+        {"train.csv": GOOD, "none.csv": []},
+        ["data/none.csv holds no rows"],
+    ),
+    "empty split": ("", {"train.csv": GOOD, "test.csv": []}, ["data/test.csv holds no rows"]),
+    "empty train split": ("", {"train.csv": [], "test.csv": GOOD}, ["data/train.csv holds no rows"]),
+    "ragged csv": (FILES, {"train.csv": [*GOOD, "a,b,c,d"], "test.csv": GOOD}, ["line 6 has more or fewer fields"]),
+    "ragged split": (
+        "",
+        {"train.csv": [*GOOD, "a"], "test.csv": GOOD},
+        ["data/train.csv (Error: line 6 has more or fewer fields", "--quoting none"],
+    ),
+    "files of two kinds": ("", {"train.csv": GOOD, "test.jsonl": ['{"text": "a"}']}, ["cannot load data (", "same"]),
     "comma that is not quoted": (
         FILES,
         {"train.csv": ["dull, and so,0", "fine, and so,1"], "test.csv": GOOD},
-        ["cannot read data/train.csv (ParserWarning: Length of header", "separated by commas"],
+        ["cannot load data/train.csv (Error: line 2 has more or fewer fields", "commas in .csv"],
     ),
     "latin-1 csv": (FILES, {"train.csv": [*GOOD, LATIN], "test.csv": GOOD}, ["data/train.csv (Uni", "UTF-8"]),
     "latin-1 test file": (FILES, {"train.csv": GOOD, "test.csv": [LATIN]}, ["data/test.csv (Uni", "UTF-8"]),
@@ -445,12 +474,12 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
     "no header line": (
         FILES.replace("train.csv", "none.csv"),
         {"none.csv": GOOD, "test.csv": GOOD},
-        ["'train' has no column 'text', only ['a fine film', '1']", "--text_column", "no header line, or another sep"],
+        ["data/none.csv has no column 'text', only ['a fine film', '1']", "--text_column", "no header line, or an"],
     ),
     "semicolons": (
         FILES.replace("train.csv", "none.csv"),
         {"none.csv": ["text;label", "a;1", "b;0"], "test.csv": GOOD},
-        ["'train' has no column 'text', only ['text;label']", "another separator?"],
+        ["data/none.csv has no column 'text', only ['text;label']", "another separator?"],
     ),
     "no such text column": ("--text_column review", {}, ["no column 'review', only ['text', 'label']"]),
     "no such label column": ("--label_column stars", {}, ["no column 'stars', only ['text', 'label']"]),
@@ -458,21 +487,73 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
     "no text column in test": (
         FILES.replace("test.csv", "none.csv"),
         {"train.csv": GOOD, "none.csv": GOOD},
-        ["split 'test' has no column 'text', only ['a fine film', '1']"],
+        ["data/none.csv has no column 'text', only ['a fine film', '1']"],
     ),
-    "texts are numbers": ("", {"train.csv": ["1,0", "2,1"], "test.csv": ["1,0"]}, ["'train': not all of ['text']"]),
-    "texts of test are numbers": (FILES, {"train.csv": GOOD, "test.csv": ["1,0"]}, ["'test': not all of ['text']"]),
+    "texts are numbers": (
+        "--train_file data/train.csv --test_file data/test.jsonl",
+        {"train.csv": GOOD, "test.jsonl": ['{"text": "a", "label": 1}', '{"text": 2, "label": 0}']},
+        ["data/test.jsonl: row 1 holds 2, not text"],
+    ),
     "unknown label": (
         FILES,
         {"train.csv": GOOD, "test.csv": ["a,0", "b,7"]},
-        ["split 'test': row 1 has label '7', train only 0, 1"],
+        ["data/test.csv: row 1 has label '7', train only ('0', '1')"],
     ),
     "unknown label after a row left out": (
         FILES,
         {"train.csv": ["a,good", "b,bad"], "test.csv": [",bad", "a,good", "b,ugly"]},
-        ["split 'test': row 2 has label 'ugly', train only bad, good"],
+        ["data/test.csv: row 2 has label 'ugly', train only ('bad', 'good')"],
     ),
-    "fractions as labels": (FILES, {"train.csv": ["a,0.5", "b,1"], "test.csv": GOOD}, ["integers or strings, not 0.5"]),
+    "fractions as labels": (
+        FILES,
+        {"train.csv": ["a,0.5", "b,1"], "test.csv": GOOD},
+        ["integers or strings", "not 0.5"],
+    ),
+    "labels are lists": (
+        "--train_file data/train.jsonl --validation_fraction 0.5",
+        {"train.jsonl": ['{"text": "a", "label": [0, 2]}']},
+        ["one class a text, not [0, 2]", "--label_column"],
+    ),
+    "labels are floats": (
+        "--train_file data/train.jsonl --validation_fraction 0.5",
+        {"train.jsonl": ['{"text": "a", "label": 3.25}']},
+        ["one class a text, not 3.25"],
+    ),
+    "class of one row": (
+        "--train_file data/train.csv --validation_fraction 0.2",
+        {"train.csv": [*GOOD * 5, "so so,it is rare"]},
+        ["class 'it is rare' has one row", "--validation_fraction"],
+    ),
+    "columns, not records": (
+        "--train_file data/train.json --validation_fraction 0.2",
+        {"train.json": [pd.DataFrame({"text": ["a", "b"] * 5000, "label": [0, 1] * 5000}).to_json()]},
+        ["records"],
+    ),
+    "stray quote": (
+        FILES,
+        {"train.csv": GOOD, "test.csv": ['"so" so,0', *GOOD]},
+        ["cannot load data/test.csv (Error: ", "--quoting none"],
+    ),
+    "quote never closed": (
+        FILES,
+        {"train.csv": GOOD, "test.csv": [*GOOD, '"so so,0', *GOOD]},
+        ["cannot load data/test.csv (Error: unexpected end of data", "--quoting none"],
+    ),
+    "two columns of one name": (
+        "--train_file data/none.csv --validation_fraction 0.5",
+        {"none.csv": ["text,label,text", "a,1,b", "b,0,c"]},
+        ["has two columns 'text'"],
+    ),
+    "key that no record has": (
+        "--train_file data/train.jsonl --validation_fraction 0.5",
+        {"train.jsonl": ['{"text": "a", "stars": 1}', '{"text": "b", "stars": 2}']},
+        ["no column 'label', only ['text', 'stars']"],
+    ),
+    "several files for one split": (
+        "",
+        {"train.csv": GOOD, "test.csv": GOOD, "test_masked.csv": ["a,0"]},
+        ["several files for test", "'test.csv', 'test_masked.csv'", "--test_file"],
+    ),
     "one label only": (FILES, {"train.csv": ["a,0", "b,0"], "test.csv": GOOD}, ["one label only"]),
     "no AUC to choose by": (
         "--metric_for_best_model auc",
@@ -492,17 +573,28 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
 }
 
 
+WHOLE = ["ragged split", "latin-1 csv", "no AUC to choose by", "no room for words"]  # through the script
+
+
 @pytest.mark.parametrize("what", DATA)
-def test_mistaken_data_ends_in_one_line(start, tmp_path, what):
+def test_mistaken_data_ends_in_one_line(start, load, tmp_path, monkeypatch, what):
     flags, files, words = DATA[what]
     (tmp_path / "data").mkdir()
     for name, lines in files.items():
         header = ["text,label"] if name.endswith(".csv") and name != "none.csv" else []
         lines = [line if isinstance(line, bytes) else line.encode() for line in (*header, *lines)]
-        (tmp_path / "data" / name).write_bytes(b"\n".join(lines) + b"\n")
-    run = start(*(["--dataset_name", "data"] if files else []), *flags.split()).wait()
-    run.assert_one_line(2, *words)
-    assert "Loading weights" not in run.err and not list(tmp_path.rglob("arguments.json"))
+        (tmp_path / "data" / name).write_bytes(b"\n".join(lines) + (b"\n" if lines else b""))
+    flags = (*(["--dataset_name", "data"] if files else []), *flags.split())
+    if what in WHOLE:
+        run = start(*flags).wait()
+        run.assert_one_line(2, *words)
+        assert "new weights" not in run.out and not list(tmp_path.rglob("arguments.json"))
+    else:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError) as error:
+            load(*flags)
+        assert all(word in str(error.value) for word in words), error.value
+        assert len(str(error.value)) < 1000
 
 
 def test_message_shows_as_many_columns_and_classes_as_fit_a_line(load, tmp_path):
@@ -510,15 +602,8 @@ def test_message_shows_as_many_columns_and_classes_as_fit_a_line(load, tmp_path)
     wide = write_csv(tmp_path / "wide.csv", [",".join(many)], ",".join(many))
     with pytest.raises(UserError, match=r"only \['column0', 'column1', .* Use --text_column") as error:
         load("--train_file", wide, "--test_file", wide)
-    assert len(str(error.value)) < 400
+    assert len(str(error.value)) < 600  # of which more than 100 are the path
     classes = write_csv(tmp_path / "classes.csv", [f"text,class{i}" for i in range(100)])
-    with pytest.raises(UserError, match="row 4 has label '1', train only class0, class1, ") as error:
+    with pytest.raises(UserError, match=r"row 4 has label '1', train only \('class0', 'class1', ") as error:
         load("--train_file", classes, "--test_file", write_csv(tmp_path / "test.csv", ["a,class1"] * 4 + GOOD))
-    assert len(str(error.value)) < 400
-
-
-def test_rows_swallowed_by_a_stray_quote_show_in_the_start_line(load, tmp_path, capsys):
-    file = write_csv(tmp_path / "rows.csv", [*GOOD, '"so so,0', *GOOD, 'so" good,1', *GOOD])
-    splits = load("--train_file", file, "--test_file", file, "--max_train_samples", "6")
-    assert sizes(splits) == {"train": 6, "test": 9}
-    assert re.search(r"^train: 6 of 9 rows, .*\ntest: 9 of 9 rows, ", capsys.readouterr().out)
+    assert len(str(error.value)) < 600

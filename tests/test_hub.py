@@ -11,13 +11,14 @@ from local_hub import Hub
 
 TOKEN = "hf_made_up_and_secret"
 TRAIN = ["--model_name_or_path", "owner/tiny-roberta", "--dataset_name", "owner/tiny-imdb", "--num_train_epochs", "1"]
+TRAIN += ["--max_train_samples", "64"]
 OWN = ["--train_file", "{tiny}/data/train.parquet", "--test_file", "{tiny}/data/test.parquet"]
 LOGIN = ["--hub_token", TOKEN]
 STARTS = {
     "push": [*TRAIN, *LOGIN, "--push_to_hub", "--hub_model_id", "somebody/reviews"],
     "gone": [*TRAIN, *OWN, *LOGIN, "--push_to_hub", "--hub_model_id", "somebody/gone"],
     "no login": [*TRAIN, "--push_to_hub", "--hub_model_id", "somebody/reviews"],
-    "no data": ["--dataset_name", "owner/nothing"],
+    "no data": ["--model_name_or_path", "owner/tiny-roberta", "--dataset_name", "owner/nothing"],
     "no model": ["--dataset_name", "owner/tiny-imdb", "--model_name_or_path", "owner/nothing"],
 }
 
@@ -73,13 +74,13 @@ def test_token_is_in_no_file_and_no_message(runs, hub):
 @pytest.mark.parametrize("flags", [["--hub_tokn", TOKEN], [f"--hub_tokn={TOKEN}"], [TOKEN]])
 def test_mistyped_flag_is_named_without_its_value(start, flags):
     run = start(base=flags).wait()
-    run.assert_one_line(2, "unknown argument", "--help")
+    run.assert_one_line(2, "unknown argument")
     assert TOKEN not in run.out + run.err and ("--hub_tokn" in run.said[0]) == (flags != [TOKEN])
 
 
 def test_hub_that_is_gone_at_the_end_costs_no_result(runs):
     status, out, err, folder = runs["gone"]
-    assert status not in (0, 2) and "Test split: accuracy" in out, err
+    assert status not in (0, 2) and "accuracy " in out and "Traceback" in err, err
     results = folder / "results_rdrop"
     assert "eval_f1" in json.loads((results / "all_results.json").read_text())
     assert "eval_f1" in json.loads((results / "eval_results.json").read_text())

@@ -1,6 +1,5 @@
 """Several processes: two on the CPU, with gloo, stand in for two GPUs, or for two machines with one each."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -8,7 +7,7 @@ import sys
 
 import pytest
 import tiny_imdb
-from conftest import SCRIPT, scalars, wait_for
+from conftest import SCRIPT, assert_same_end, newest_checkpoint, predictions, scalars
 from safetensors.torch import load_file
 
 DDP = ("--ddp_backend", "gloo")
@@ -48,12 +47,13 @@ def wait_for_both(runs):
 
 def test_two_processes_train_the_model_of_one_with_twice_the_batch(start, start_two, tmp_path):
     tiny_imdb.write_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    flags = ("--model_name_or_path", "model", "--num_train_epochs", "2", "--logging_steps", "5")
-    flags += ("--max_train_samples", "160")
-    flags += ("--max_grad_norm", "0.05", "--max_eval_samples", "37", "--per_device_train_batch_size")
-    one = start(*flags, "16", "--output_dir", "one").wait()
-    assert one.status == 0, one.err
-    two = wait_for_both(start_two(*flags, "8", "--output_dir", "two"))
+    flags = ("--model_name_or_path", "model", "--num_train_epochs", "2", "--logging_steps", "2")
+    flags += ("--max_train_samples", "64", "--max_grad_norm", "0.05", "--max_eval_samples", "32")
+    flags += ("--learning_rate", "1e-2", "--per_device_train_batch_size")
+    one, two = start(*flags, "16", "--output_dir", "one"), start_two(*flags, "8", "--output_dir", "two")
+    assert one.wait().status == 0 and "no dropout" in one.err, one.err
+    wait_for_both(two)
+    assert "no dropout" in two[0].err and "no dropout" not in two[1].err
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         assert weights[0][name].allclose(weights[1][name], rtol=1e-3, atol=1e-5), name
@@ -74,40 +74,58 @@ def test_evaluation_of_two_processes_is_that_of_one(start, start_two):
     figures = [run.json("all_results.json", name) for run, name in ((one, "one"), (two[0], "two"))]
     for name in ("eval_accuracy", "eval_f1", "eval_auc"):
         assert figures[0][name] == figures[1][name], name
-    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-6)  # but for rounding
+    ours, theirs = (predictions(one.folder / name) for name in ("one", "two"))
+    assert [row["row"] for row in ours] == [row["row"] for row in theirs] and len(ours) == 37
+    assert all(
+        float(row["p_pos"]) == pytest.approx(float(other["p_pos"])) for row, other in zip(ours, theirs, strict=True)
+    )
 
 
-def test_two_processes_write_log_and_speak_once(start_two, tmp_path):
-    rare = ("--max_train_samples", "200", "--max_eval_samples", "36")  # not in the cache of tokens
-    runs = wait_for_both(start_two("--num_train_epochs", "2", "--logging_steps", "5", *rare))
+def test_two_processes_write_log_and_speak_once(start, start_two, tmp_path):
+    rare = ("--max_train_samples", "100", "--max_eval_samples", "36")  # not in the cache of tokens
+    runs = wait_for_both(start_two("--num_train_epochs", "2", "--logging_steps", "2", *rare))
     assert runs[1].out == ""
     for line in (
-        "train: 200 of 400 rows, {",
+        "train: 100 of 400 rows, {",
         "test: 36 of 100 rows, {",
-        "F1 and AUC of pos; ",
-        "effective batch 32, steps 0 to 14",
-        "Test split: accuracy ",
+        "device cpu",
+        "effective batch 32, steps 0 to 8",
+        "best: epoch ",
+        ": accuracy ",
     ):
-        assert sum(said.startswith(line) for said in runs[0].out.splitlines()) == 1, (line, runs[0].out)
+        assert sum(line in said for said in runs[0].out.splitlines()) == 1, (line, runs[0].out)
     assert "unused parameters" not in runs[0].err + runs[1].err
     assert "Tokenizing" in runs[0].err and "Tokenizing" not in runs[1].err
     (folder,) = (tmp_path / "logs_rdrop").iterdir()
     logged = scalars(folder)
     for (_, loss), (_, ce), (_, kl) in zip(logged["train/loss"], logged["train/ce"], logged["train/kl"], strict=True):
         assert loss == pytest.approx(ce + 5.0 * kl, rel=1e-4)
-    runs = wait_for_both(start_two("--num_train_epochs", "3", *rare, "--resume_from_checkpoint", "last"))
-    assert "effective batch 32, steps 14 to 21" in runs[0].out and runs[1].out == ""
+
+    one = start("--num_train_epochs", "3", *rare, "--resume_from_checkpoint", "last").wait()
+    assert one.status == 0 and "steps 8 to " in one.out, one.err
+    assert "world_size 2 -> 1" in one.err, "another number of processes is said"
 
 
-@pytest.mark.parametrize("flags", [(), ("--enable_jit_checkpoint",)])
-def test_sigterm_ends_both_processes_at_once_with_one_line(start_two, tmp_path, flags):
-    runs = start_two(*flags, "--num_train_epochs", "200", "--early_stopping_patience", "0", "--logging_steps", "2")
-    wait_for(lambda: (tmp_path / "results_rdrop" / "checkpoint-13" / "trainer_state.json").exists())
-    for run in runs:
-        os.kill(run.process.pid, signal.SIGTERM)
-    first, second = (run.wait() for run in runs)
-    assert second.status == 143 and second.said == [] and "Traceback" not in second.err, second.err
-    first.assert_one_line(143, "stopped by SIGTERM", "--resume_from_checkpoint last", "results_rdrop/checkpoint-")
+def test_two_processes_that_were_killed_amid_an_epoch_end_as_if_never_killed(start_two, tmp_path):
+    steps = ("--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1")
+    flags = (*TINY, *steps, "--save_total_limit", "9", "--length_buckets", "4", "--max_train_samples", "96")
+    whole = wait_for_both(start_two(*flags, "--output_dir", "whole"))  # 3 steps an epoch
+    killed = start_two(*flags, prelude="kill.py SIGKILL step 5 1")
+    assert killed[1].wait().status == -signal.SIGKILL and killed[0].wait().status != 0, killed[0].err
+    results = tmp_path / "results_rdrop"
+    assert newest_checkpoint(results, 2) == results / "checkpoint-5"
+    (results / "checkpoint-5" / "rng_state_1.pth").unlink()
+    resumed = wait_for_both(start_two(*flags, "--resume_from_checkpoint", "last"))
+    assert "checkpoint-5 is incomplete" in resumed[0].err and "steps 4 to 6" in resumed[0].out
+    assert "incomplete" not in resumed[1].err
+    assert_same_end(whole[0], resumed[0], ("whole", "results_rdrop"))
+
+
+def test_all_processes_wait_for_the_first_to_save(start_two, tmp_path):
+    first, second = start_two(*TINY, "--max_steps", "1", prelude="slow_save.py")
+    assert second.wait().status == 0, second.err
+    assert (tmp_path / "saved").exists(), "a launcher would have killed the first"
+    assert first.wait().status == 0, first.err
 
 
 def test_machines_that_do_not_share_the_output_folder_end_in_one_line(start_two, tmp_path):
@@ -116,15 +134,8 @@ def test_machines_that_do_not_share_the_output_folder_end_in_one_line(start_two,
         folder.mkdir()
     first, second = (run.wait() for run in start_two(*TINY, folders=folders))
     second.assert_one_line(2, "--output_dir ./results_rdrop must be a folder that all machines share")
-    first.assert_one_line(2, "Connection closed by peer")  # as long as no launcher ends it
-    assert not list(tmp_path.glob("*/results_rdrop/*"))
-
-
-def test_best_checkpoint_that_is_lost_ends_both_processes_with_one_line(start_two):
-    first_is_best = ("--metric_for_best_model", "loss", "--greater_is_better", "true")
-    first, second = (run.wait() for run in start_two(*TINY, *first_is_best, prelude="lose_models.py 2"))
-    first.assert_one_line(1, "the best checkpoint, results_rdrop/checkpoint-2, holds no model")
-    assert second.status == 1 and second.said == [] and "Traceback" not in second.err, second.err
+    assert first.status != 0, "as long as no launcher ends it"
+    assert not list(tmp_path.glob("*/results_rdrop/checkpoint-*"))
 
 
 def test_processes_that_are_refused_leave_the_folder_to_the_run_at_work(start_two, tmp_path):
@@ -138,12 +149,12 @@ def test_processes_that_are_refused_leave_the_folder_to_the_run_at_work(start_tw
 
 def test_process_that_is_out_of_gpu_memory_says_so(start_two):
     _, second = start_two(*TINY, prelude="fail.py gpu_memory 1 1")
-    second.wait().assert_one_line(1, "out of GPU memory: halve --per_device_train_batch_size")
+    second.wait().assert_traceback("OutOfMemoryError", "Halve --per_device_train_batch_size")
 
 
 def test_no_buffers_are_broadcast_between_the_passes(start_two):
     without_evaluation = ("--eval_strategy", "no", "--load_best_model_at_end", "false")
-    runs = wait_for_both(start_two("--max_steps", "2", *without_evaluation, prelude="show_ddp.py"))
+    runs = wait_for_both(start_two("--max_steps", "2", *TINY, *without_evaluation, prelude="show_ddp.py"))
     assert all("DDP" in run.out and "BUFFERS" not in run.out for run in runs)
     assert all("find_unused_parameters': True" not in run.out for run in runs)
 
@@ -151,7 +162,7 @@ def test_no_buffers_are_broadcast_between_the_passes(start_two):
 @pytest.fixture(scope="module", autouse=True)
 def launched(tiny, tmp_path_factory):
     """Real launchers, in the background while the other tests run: {"torchrun" (bad data), "accelerate"}."""
-    flags = ("--model_name_or_path", tiny / "model", "--use_cpu", *DDP, "--num_train_epochs", "1", "--dataset_name")
+    flags = ("--model_name_or_path", tiny / "model", "--use_cpu", *DDP, "--max_steps", "2", "--dataset_name")
     bad = tmp_path_factory.mktemp("bad")
     for name in ("train.csv", "test.csv"):
         (bad / name).write_text("text,label\na film,0\nanother film,0\n")
@@ -174,10 +185,10 @@ def launched(tiny, tmp_path_factory):
 def test_bad_data_ends_all_processes_with_one_line(launched):
     _, err = launched["torchrun"].communicate()
     assert launched["torchrun"].returncode != 0 and err.count("train_rdrop.py: ") == 1, err
-    assert err.count("train_rdrop.py: split 'train' has one label only, {'0'}: there is nothing to learn") == 1, err
+    assert "split 'train' has one label only, ['0']: there is nothing to learn" in err, err
     assert "exitcode: 2" in err or "exitcode  : 2" in err, err
 
 
 def test_accelerate_launch(launched):
     out, err = launched["accelerate"].communicate()
-    assert launched["accelerate"].returncode == 0 and out.count("Test split:") == 1, err
+    assert launched["accelerate"].returncode == 0 and out.count("now in good") == 1, err

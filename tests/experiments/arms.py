@@ -1,25 +1,32 @@
 """Does R-Drop help? Train several arms over several seeds with train_rdrop.py, and compare them seed by seed.
 
-    python tests/experiments/arms.py --seeds 42 43 44 45 46 --jobs 2 --dataset_name FOLDER_OR_HUB_ID \\
-        --validation_fraction 0.1
+    python tests/experiments/arms.py --show          # the tables of all finished runs; starts nothing
+    python tests/experiments/arms.py --csv mine.csv --seeds 42 43 44 45 46 --jobs 2 \\
+        --dataset_name FOLDER_OR_HUB_ID --validation_fraction 0.1
 
-Its own flags are below; every other flag goes to train_rdrop.py as it is. Each finished run becomes a line of the CSV
-file: the same command goes on where it was stopped and, once all runs are there, prints the tables without running
-anything. Runs of one seed share reviews, split and initial head, so differences between arms are taken seed by seed.
-Pytest does not collect this file.
+Its own flags are below; every other flag goes to train_rdrop.py as it is, and belongs to the setting of a run. Each
+finished run becomes a line of the CSV file: the same command goes on where it was stopped and, once all runs are there,
+prints the tables without running anything. Runs of one seed share rows, their order and the initial weights, so
+differences between arms are taken seed by seed. Pytest does not collect this file.
 
 Arms: ce, smooth, rdrop, both (alpha 0 or 5, label smoothing 0 or 0.1), smooth_twice (smoothing, twice the epochs: the
 cost of both), two_pass (smoothing, alpha 1e-9: its KL shows how much the passes of the plain model disagree), alpha=A
 (smoothing and that alpha). No arm stops early; the best epoch is chosen as the flags say.
+
+A setting names a folder or file by its name and a hash of what it holds, so that another model in a folder of the same
+name is another setting; a Hub id is kept as it is. Older lines have no hash: they are a setting of their own, which
+--show prints, and no new run is pooled with them.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
 import platform
 import queue
+import re
 import signal
 import statistics
 import subprocess
@@ -48,6 +55,11 @@ FIGURES = [*SHARES, "eval_loss", "train_nll", "test_nll", "gap"]  # nats; the ga
 COMPARED = [name for name in FIGURES if name != "train_nll"]  # less of it is neither better nor worse
 COLUMNS = ["arm", "seed", "flags", *FIGURES[:-1], "best_epoch", "kl", "train_seconds", "cpu_seconds", "machine"]
 NUMBERS = [*FIGURES[:-1], "best_epoch", "train_seconds", "cpu_seconds"]
+NOTES = """
+Shares in percent, losses in nats; gap: test_nll - train_nll; times: medians; CPU time: mean ratio of a seed's two runs.
+±: standard deviation of arms, half of the 95 % interval (t) of differences. Brackets: seeds in favour of the first.
+eval_loss is compared where both arms smooth: else it is another loss, or test_nll once more. Needed: seeds with which
+80 % of such comparisons would show half a point of F1; in brackets, what the interval of their spread leaves open."""
 RUNNING = []  # processes, to be ended with this one
 
 
@@ -57,9 +69,29 @@ def arm_flags(arm, epochs):
     return [*flags, "--num_train_epochs", str(2 * epochs if arm == "smooth_twice" else epochs)]
 
 
+def alpha_of(arm):
+    return float(arm_flags(arm, 1)[1])
+
+
+def contents(path):
+    """A short hash of a file, or of all files in a folder but hidden ones, with their names."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        name = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            with open(file, "rb") as opened:
+                digest.update(f"{name}\n".encode() + hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:8]
+
+
 def name_of(flags):
-    """`flags` as the CSV file keeps them: of folders and Hub ids the last part, as other machines have other paths."""
-    return " ".join(flag.rstrip("/").rsplit("/", 1)[-1] for flag in flags)
+    """`flags` as the CSV file keeps them: models and data on disk by name and hash, as paths differ elsewhere."""
+    words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    for i, (flag, value) in enumerate(zip(words, words[1:], strict=False), 1):
+        if re.fullmatch("--(model.name.or.path|dataset.name|(train|validation|test).file)", flag):
+            path = Path(value).resolve()
+            words[i] = f"{path.name}@{contents(path)}" if path.exists() else value
+    return " ".join(words)
 
 
 def call(command, log, device=None):
@@ -77,15 +109,20 @@ def call(command, log, device=None):
     return said, usage.ru_utime + usage.ru_stime
 
 
-def train_once(arm, seed, flags, epochs, devices):
+def run_flags(arm, seed, flags, epochs, folder):
+    """All flags of train_rdrop.py for the run of `arm` with `seed`, which writes into `folder`."""
+    argv = [*flags, *arm_flags(arm, epochs), "--seed", str(seed), "--early_stopping_patience", "0"]
+    argv += ["--output_dir", f"{folder}/results", "--logging_dir", str(folder), "--report_to", "none"]
+    return [*argv, "--logging_strategy", "epoch", "--save_total_limit", "1", "--disable_tqdm", "true"]
+
+
+def train_once(arm, seed, flags, setting, epochs, devices):
     """Train and measure `arm` with `seed` on one of `devices`; returns a line of the CSV file."""
     device = devices.get()
     try:
         with tempfile.TemporaryDirectory() as folder:
             output_dir, log = f"{folder}/results", f"{folder}/log"
-            argv = [*flags, *arm_flags(arm, epochs), "--seed", str(seed), "--early_stopping_patience", "0"]
-            argv += ["--output_dir", output_dir, "--logging_dir", folder, "--report_to", "none"]
-            argv += ["--logging_strategy", "epoch", "--save_total_limit", "1", "--disable_tqdm", "true"]
+            argv = run_flags(arm, seed, flags, epochs, folder)
             _, seconds = call([SCRIPT, *argv], log, device)
             results = json.loads(Path(output_dir, "all_results.json").read_text())
             state = json.loads(Path(output_dir, "trainer_state.json").read_text())
@@ -94,7 +131,7 @@ def train_once(arm, seed, flags, epochs, devices):
         devices.put(device)
     steps = state["max_steps"] / state["num_train_epochs"]
     prefix = "test" if "test_f1" in results else "eval"
-    line = {"arm": arm, "seed": seed, "flags": name_of(flags)}
+    line = {"arm": arm, "seed": seed, "flags": setting}
     line |= {name: results[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc")}
     line["eval_loss"] = results[f"{prefix}_loss"]
     line |= json.loads(said.splitlines()[-1])
@@ -110,12 +147,13 @@ def measure(argv):
     import torch
     from transformers import DataCollatorWithPadding, Trainer
 
-    from train_rdrop import load_model, load_splits, parse_args, tokenize
+    from train_rdrop import load_model, load_splits, load_tokenizer, parse_args, tokenize
 
     args = parse_args(argv)
-    splits = load_splits(args)
-    tokenizer, model = load_model(args, splits["train"].features["labels"].names)
-    data = tokenize(splits, tokenizer, args)
+    tokenizer = load_tokenizer(args)
+    splits = load_splits(args, args.seed)
+    model = load_model(args, tokenizer, splits["train"].features["labels"].names)
+    data = tokenize(splits, tokenizer)
     trainer = Trainer(model, args, DataCollatorWithPadding(tokenizer), eval_dataset=data["train"])
     line = {}
     for name, split in (("train_nll", data["train"]), ("test_nll", data.get("test", data.get("validation")))):
@@ -136,16 +174,16 @@ def machine():
     return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
-def read(file, flags):
-    """The finished runs with these `flags`: {(arm, seed): line}, figures as numbers."""
+def read(file):
+    """The finished runs of each setting: {setting: {(arm, seed): line}}, figures as numbers."""
     found = {}
     if file.exists():
         with open(file, newline="") as lines:
             for line in csv.DictReader(lines):
-                if line["flags"] == name_of(flags):
-                    figures = {name: float(line[name]) for name in NUMBERS}
-                    gap = figures["test_nll"] - figures["train_nll"]
-                    found[line["arm"], int(line["seed"])] = {**line, **figures, "gap": gap}
+                figures = {name: float(line[name]) for name in NUMBERS}
+                gap = figures["test_nll"] - figures["train_nll"]
+                runs = found.setdefault(line["flags"], {})
+                runs[line["arm"], int(line["seed"])] = {**line, **figures, "gap": gap}
     return found
 
 
@@ -159,7 +197,7 @@ def keep(file, line):
         writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in line.items()})
 
 
-def run_all(todo, options, flags, epochs):
+def run_all(todo, options, flags, setting, epochs):
     """Run what is missing, `--jobs` at a time, and keep each line as it comes."""
     import torch
 
@@ -170,7 +208,7 @@ def run_all(todo, options, flags, epochs):
         devices.put(gpus[job % len(gpus)] if gpus else None)
     begin = time.monotonic()
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = [pool.submit(train_once, arm, seed, flags, epochs, devices) for arm, seed in todo]
+        runs = [pool.submit(train_once, arm, seed, flags, setting, epochs, devices) for arm, seed in todo]
         try:
             for done, run in enumerate(as_completed(runs), 1):
                 line = run.result()
@@ -185,22 +223,36 @@ def run_all(todo, options, flags, epochs):
             raise
 
 
-def paired(differences):
-    """Mean of the paired `differences` and half the width of its 95 % confidence interval (t distribution)."""
+def paired(differences, confidence=0.95):
+    """Mean of the paired `differences` and half the width of its confidence interval (t distribution)."""
     n = len(differences)
-    width = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    width = stats.t.ppf((1 + confidence) / 2, n - 1) * statistics.stdev(differences) / math.sqrt(n)
     return statistics.mean(differences), width
 
 
-def seeds_needed(differences, effect):
-    """Pairs with which a two-sided t test at 5 % sees a mean difference of `effect` in 80 % of the cases."""
-    spread = statistics.stdev(differences)
-    n = 2
+def leaves_out_zero(differences, confidence):
+    mean, width = paired(differences, confidence)
+    return abs(mean) > width
+
+
+def seeds_needed(spread, effect):
+    """Pairs with which a two-sided t test at 5 % sees `effect`, where differences have the standard deviation `spread`,
+    in 80 % of the cases."""
+    n = max(2, int((2.8 * spread / effect) ** 2) - 1)  # what the normal distribution would need, and a little less
     while True:
         critical, shift = stats.t.ppf(0.975, n - 1), effect / spread * math.sqrt(n)
         if stats.nct.sf(critical, n - 1, shift) >= 0.8:
             return n
         n += 1
+
+
+def needed(differences, effect=0.005):
+    """`seeds_needed`, and the range of it that the 95 % interval of the standard deviation leaves open."""
+    if len(differences) < 3 or np.ptp(differences) == 0:
+        return "-"
+    n, spread = len(differences) - 1, statistics.stdev(differences)
+    low, high = (spread * math.sqrt(n / stats.chi2.ppf(p, n)) for p in (0.975, 0.025))
+    return f"{seeds_needed(spread, effect)} ({seeds_needed(low, effect)}-{seeds_needed(high, effect)})"
 
 
 def mean_and_std(values):
@@ -214,8 +266,8 @@ def cell(mean, width, name, sign=""):
     return f"{scale * mean:{sign}.{digits}f}{spread}"
 
 
-def show(found, arms, seeds):
-    """Print the tables of the runs in `found`."""
+def print_arms(found, arms, seeds):
+    """Print the table of means and standard deviations."""
     print(f"| arm | seeds | {' | '.join(FIGURES)} | train s | CPU s |\n|---|---|{'---|' * (len(FIGURES) + 2)}")
     for arm in arms:
         runs = [found[arm, seed] for seed in seeds if (arm, seed) in found]
@@ -223,32 +275,80 @@ def show(found, arms, seeds):
             cells = [cell(*mean_and_std([run[name] for run in runs]), name) for name in FIGURES]
             times = [f"{statistics.median(run[f'{name}_seconds'] for run in runs):.0f}" for name in ("train", "cpu")]
             print(f"| {arm} | {len(runs)} | {' | '.join([*cells, *times])} |")
-    print(f"\n| difference | seeds | {' | '.join(COMPARED)} | needed |\n|---|---|{'---|' * (len(COMPARED) + 1)}")
+
+
+def print_differences(found, arms, seeds):
+    """Print the table of paired differences, and how many of its intervals leave out zero."""
+    columns = [*COMPARED, "CPU time", "needed"]
+    print(f"\n| difference | seeds | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    intervals, same_epoch = {}, []
     for one, two in PAIRS + [(arm, "smooth") for arm in arms if arm.startswith("alpha=")]:
-        common = [seed for seed in seeds if (one, seed) in found and (two, seed) in found]
-        if one not in arms or two not in arms or len(common) < 2:
+        pairs = [(found[one, seed], found[two, seed]) for seed in seeds if {(one, seed), (two, seed)} <= found.keys()]
+        if one not in arms or two not in arms or len(pairs) < 2:
             continue
-        same_loss = arm_flags(one, 1)[3] == arm_flags(two, 1)[3]  # with another smoothing it is another figure
-        differences = {name: [found[one, seed][name] - found[two, seed][name] for seed in common] for name in COMPARED}
-        cells = {}
-        for name, values in differences.items():
-            better = sum(d > 0 if name in SHARES else d < 0 for d in values)
-            cells[name] = f"{cell(*paired(values), name, sign='+')} ({better})"
-        if not same_loss:
-            cells["eval_loss"] = "-"
-        needed = seeds_needed(differences["f1"], 0.005) if np.ptp(differences["f1"]) > 0 else "-"
-        print(f"| {one} - {two} | {len(common)} | {' | '.join(cells.values())} | {needed} |")
-    print("\nShares in percent, losses in nats; gap: test_nll - train_nll; times: medians. Brackets: seeds in favour")
-    print("of the first. Needed: seeds with which 80 % of such comparisons would show half a point of F1.")
+        smoothing = arm_flags(one, 1)[3], arm_flags(two, 1)[3]
+        cells = []
+        for name in COMPARED:
+            if name == "eval_loss" and smoothing != ("0.1", "0.1"):  # another loss, or test_nll once more
+                cells.append("-")
+                continue
+            differences = intervals[one, "-", two, name] = [first[name] - second[name] for first, second in pairs]
+            better = sum(d > 0 if name in SHARES else d < 0 for d in differences)
+            cells.append(f"{cell(*paired(differences), name, sign='+')} ({better})")
+        ratio, width = paired([first["cpu_seconds"] / second["cpu_seconds"] for first, second in pairs])
+        cells += [f"{ratio:.2f} ± {width:.2f}", needed([first["f1"] - second["f1"] for first, second in pairs])]
+        print(f"| {one} - {two} | {len(pairs)} | {' | '.join(cells)} |")
+        gaps = [first["gap"] - second["gap"] for first, second in pairs if first["best_epoch"] == second["best_epoch"]]
+        if len(gaps) > 2:
+            same_epoch.append(f"{one} - {two} {cell(*paired(gaps), 'gap', '+')} ({len(gaps)} seeds)")
+    if not intervals:
+        return
+    print(NOTES)
+    clear, corrected = (
+        [" ".join(key) for key, differences in intervals.items() if leaves_out_zero(differences, confidence)]
+        for confidence in (0.95, 1 - 0.05 / len(intervals))
+    )
+    print(f"{len(clear)} of {len(intervals)} intervals leave out zero.", end=" ")
+    print(f"Corrected for their number (Bonferroni): {'; '.join(corrected) or 'none'}")
+    if same_epoch:
+        print(f"Gap in the seeds whose best epochs agree: {'; '.join(same_epoch)}")
+
+
+def show(found, arms, seeds):
+    """Print the tables of the runs in `found`."""
+    print_arms(found, arms, seeds)
+    print_differences(found, arms, seeds)
     for arm in arms:
         kls = [[float(kl) for kl in found[arm, seed]["kl"].split()] for seed in seeds if (arm, seed) in found]
         if kls and kls[0]:
-            print(f"KL by epoch, {arm}: " + ", ".join(f"{np.mean(epoch):.4f}" for epoch in zip(*kls, strict=True)))
+            means = ", ".join(f"{np.mean(epoch):.4f}" for epoch in zip(*kls, strict=True))
+            print(f"KL by epoch, {arm}: {means} (the highest of a seed: {np.max(kls):.4f})")
+
+
+def show_all(file):
+    """Print the tables of every setting in the CSV file: the named arms, then the alphas, by the seeds they share."""
+    for setting, found in read(file).items():
+        seeds = sorted({seed for _, seed in found})
+        print(f"Setting: {setting}")
+        for name in sorted({run["machine"] for run in found.values()}):
+            print(f"Machine: {name}")
+        print()
+        show(found, [arm for arm in ARMS if any((arm, seed) in found for seed in seeds)], seeds)
+        alphas = {arm for arm, _ in found if arm.startswith("alpha=")}
+        if alphas:
+            alphas |= {"smooth", "two_pass", "both"} & {arm for arm, _ in found}
+            common = [seed for seed in seeds if all((arm, seed) in found for arm in alphas)]
+            print(f"\nAlpha, with smoothing, by the seeds {common} alone\n")
+            show(found, sorted(alphas, key=alpha_of), common)
+        print()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="print the tables of every setting in the CSV file, and end"
     )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="default: the first six")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="default: 42 43 44")
@@ -257,17 +357,22 @@ def main(argv=None):
         "--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: arms.csv beside this file"
     )
     options, flags = parser.parse_known_args(argv)
+    if options.show:
+        if flags or not options.csv.exists():
+            parser.error(f"--show takes no other flag than --csv: {flags}" if flags else f"there is no {options.csv}")
+        show_all(options.csv)
+        return
     for arm in options.arms:
         if arm not in ARMS and not arm.removeprefix("alpha=").replace(".", "", 1).isdecimal():
             parser.error(f"no arm is called {arm}: there are {', '.join(ARMS)}, alpha=A")
     from train_rdrop import parse_args
 
-    epochs = parse_args(flags).num_train_epochs
-    found = read(options.csv, flags)
+    epochs, setting = parse_args(flags).num_train_epochs, name_of(flags)
+    found = read(options.csv).get(setting, {})
     todo = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed) not in found]
     if todo:
-        run_all(todo, options, flags, epochs)
-        found = read(options.csv, flags)
+        run_all(todo, options, flags, setting, epochs)
+        found = read(options.csv)[setting]
     show(found, options.arms, options.seeds)
 
 

@@ -1,88 +1,95 @@
 """How fast train_rdrop.py is beside the published way, on the same model, data and seed, in one process.
 
-    python tests/experiments/benchmark.py            # the tiny model and data of tiny_imdb.py
-    python tests/experiments/benchmark.py --model_name_or_path FOLDER --random_weights \\
+    python tests/experiments/benchmark.py                 # the tiny model and data of tiny_imdb.py
+    OMP_NUM_THREADS=1 python tests/experiments/benchmark.py --model_name_or_path FOLDER --random_weights \\
         --dataset_name FOLDER_OR_HUB_ID --max_train_samples 320 --max_eval_samples 320
-    python tests/experiments/benchmark.py --memory   # computed: what a step of roberta-base holds
+    python tests/experiments/benchmark.py --memory --model_name_or_path FOLDER --dataset_name FOLDER_OR_HUB_ID
+    python tests/experiments/benchmark.py --rows 100000   # seconds and memory of reading a file
 
-It takes the script's own flags and those of `BenchmarkArguments`. Each repeat runs every variant once, in rotating
-order: evaluate the initial weights, then train one epoch. Rates are medians over the repeats; ratios are medians of
-each repeat's ratio to the published way, for a machine's speed drifts. Pytest does not collect this file.
+Its own flags are below; every other flag goes to train_rdrop.py as it is. Each repeat runs every variant once, in
+rotating order: evaluate the initial weights, then train. Times are by the clock on a GPU. Without one they are the CPU
+time of this process, on all its threads, for others may use the machine; threads that wait for each other count, too,
+so that one thread is best. Figures are medians over the repeats; ratios are taken in each repeat, for a machine's speed
+drifts. Pytest does not collect this file.
 """
 
+import argparse
+import csv
 import ctypes
 import gc
+import json
 import math
-import multiprocessing
+import os
+import random
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import psutil
 import torch
 from datasets import DatasetDict
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
-from transformers import HfArgumentParser, RobertaConfig, RobertaForSequenceClassification, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import RobertaConfig, RobertaForSequenceClassification, Trainer, TrainerCallback
 from transformers import TrainingArguments, set_seed
-from transformers.hf_argparser import HfArg
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[1:3])
 import tiny_imdb
 
-from train_rdrop import RDropArguments, RDropLoss, RDropTrainer, load_model, load_splits, tokenize
+from train_rdrop import RDropLoss, RDropTrainer, compute_metrics, load_model, load_splits, load_tokenizer
+from train_rdrop import parse_args, split_by_length, tokenize
 
-# Dense fp16/bf16 peak of a card in FLOP/s, as its maker's data sheet gives it.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
-
-
-@dataclass
-class BenchmarkArguments(RDropArguments):
-    """The script's arguments, with those of a benchmark that writes nothing."""
-
-    model_name_or_path: str = HfArg(default="tiny", help="Hub id or folder, or the model of tiny_imdb.py.")
-    dataset_name: str = HfArg(default="tiny", help="Hub id or folder, or the data of tiny_imdb.py.")
-    repeats: int = HfArg(default=3, help="How often every variant runs.")
-    random_weights: bool = HfArg(default=False, help="Make the model from its config: a step costs the same.")
-    config_overrides: str | None = HfArg(default=None, help="With --random_weights, e.g. num_hidden_layers=4")
-    memory: bool = HfArg(default=False, help="Only print the computed memory of a step at roberta-base's shape.")
-    doubled_batch: bool | None = HfArg(default=None, help="Also time one call on the doubled batch. Default: on CUDA.")
-    num_train_epochs: float = HfArg(default=1.0, help="Epochs timed in each repeat.")
-    report_to: list[str] = HfArg(default_factory=lambda: ["none"], help="Where curves go.")
+# The flags that make each variant; the published way has Trainer's own defaults where the script has others.
+VARIANTS = {
+    "published": ["--logging_nan_inf_filter", "true", "--dataloader_num_workers", "0"],
+    "default": [],
+    "buckets 2": ["--length_buckets", "2"],
+    "buckets 4": ["--length_buckets", "4"],
+    "group_by_length": ["--train_sampling_strategy", "group_by_length"],
+    "doubled batch": [],
+}
+DEFAULTS = ["--report_to", "none", "--num_train_epochs", "1"]
+FIXED = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+FIXED += ["--length_buckets", "1", "--disable_tqdm", "true"]
 
 
 class PublishedTrainer(Trainer):
-    """The published way: two passes in training and in evaluation, labels passed to the model, library defaults."""
+    """The published way: two passes in training and in evaluation, labels passed to the model."""
 
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, alpha, **kwargs):
+    def __init__(self, *args, alpha, length_buckets, **kwargs):
         super().__init__(*args, **kwargs)
         self.rdrop_loss = RDropLoss(alpha, self.args.label_smoothing_factor)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         first, second = model(**inputs), model(**inputs)
-        loss = self.rdrop_loss(first.logits, second.logits, inputs["labels"])[0]
+        loss = self.rdrop_loss(first.logits, second.logits, inputs["labels"])
         return (loss, first) if return_outputs else loss
 
 
-class DoubledTrainer(RDropTrainer):
-    """The paper's own trick: one call on the batch twice over, [x; x], instead of two calls."""
+class DoubledTrainer(PublishedTrainer):
+    """The paper's own trick: one call on the batch twice over, [x; x], instead of two calls; one pass in evaluation."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        twice = {name: torch.cat([x, x]) for name, x in inputs.items() if name != "labels"}
+            logits = model(**inputs).logits
+            return self.rdrop_loss(logits, logits, labels), {"logits": logits}
+        twice = {name: torch.cat([x, x]) for name, x in inputs.items()}
         first, second = model(**twice).logits.chunk(2)
-        return self.rdrop_loss(first, second, labels)[0]
+        return self.rdrop_loss(first, second, labels)
+
+
+TRAINERS = {"published": PublishedTrainer, "doubled batch": DoubledTrainer}
 
 
 class Clock(TrainerCallback):
@@ -90,39 +97,38 @@ class Clock(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            synchronize()
-            self.begin = time.perf_counter()
+            self.begin = seconds()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:
-            synchronize()
-            self.seconds = time.perf_counter() - self.begin
+            self.seconds = seconds() - self.begin
 
 
-class CountingCollator(DataCollatorWithPadding):
-    """Counts the tokens of its batches, computed and real (without padding), also where workers make them."""
+class TokenCounter:
+    """Counts the tokens that a model is given, computed and real: not the collator's, for buckets cut its padding."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.counts = multiprocessing.Array("q", 2)  # in memory that workers share
+    def __init__(self, model):
+        self.computed = self.real = 0
+        model.register_forward_pre_hook(self.count, with_kwargs=True)
 
-    def __call__(self, features):
-        batch = super().__call__(features)
-        with self.counts:
-            self.counts[0] += batch["attention_mask"].numel()
-            self.counts[1] += batch["attention_mask"].sum().item()
-        return batch
+    @torch.compiler.disable  # else a compiled model would be compiled again for each count
+    def count(self, model, args, inputs):
+        self.computed += inputs["input_ids"].numel()
+        self.real += inputs["attention_mask"].sum()  # stays on the GPU: its figure would have to be waited for
 
     def take_share(self):
         """The share of padding since the last call."""
-        computed, real = self.counts
-        self.counts[:] = [0, 0]
-        return 1 - real / computed
+        share = 1 - float(self.real) / self.computed
+        self.computed = self.real = 0
+        return share
 
 
-def synchronize():
+def seconds():
+    """The clock, once the GPU has done all its work; without a GPU the CPU time of this process."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()  # without the workers of a data loader, of which there are none by default
 
 
 @contextmanager
@@ -155,80 +161,68 @@ def peak_memory():
     peak.append((seen[0] - start) / 2**20)
 
 
-def build(variant, args, data, weights, tokenizer, model, pad_to_8):
+# -----------------------------------------------------------------------------
+# Throughput
+
+
+def load(args, random_weights):
+    """Tokenizer, model, and the data: `train`, `eval`, and `eval` in file order as `published`."""
+    splits = load_splits(args, args.seed)
+    names = splits["train"].features["labels"].names
+    tokenizer = load_tokenizer(args)
+    if random_weights:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=len(names))
+        if args.config_overrides:
+            config.update_from_string(args.config_overrides)
+        model = AutoModelForSequenceClassification.from_config(config)
+    else:
+        model = load_model(args, tokenizer, names)
+    chooser = "validation" if "validation" in splits else "test"
+    data = tokenize(DatasetDict(train=splits["train"], eval=splits[chooser]), tokenizer)
+    # `tokenize` leaves the order of a train split as it is
+    data["published"] = tokenize(DatasetDict(train=splits[chooser]), tokenizer)["train"]
+    return tokenizer, model, data
+
+
+def build(variant, argv, data, weights, tokenizer, model):
     """A trainer of `variant`, the model at its initial weights."""
-    changes = {"output_dir": tempfile.mkdtemp(), "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
-    changes |= {"load_best_model_at_end": False, "logging_strategy": "steps"}
-    if variant == "group_by_length":
-        changes["train_sampling_strategy"] = "group_by_length"
-    if variant == "published":  # Trainer's own defaults, which the script changes
-        changes |= {"logging_nan_inf_filter": True, "dataloader_num_workers": 0}
+    args = parse_args([*argv, *FIXED, *VARIANTS[variant]])
     model.load_state_dict(weights)
-    trainer_class = {"published": PublishedTrainer, "doubled batch": DoubledTrainer}.get(variant, RDropTrainer)
-    multiple = 8 if pad_to_8 and variant != "published" else None
-    return trainer_class(
+    multiple_of = 8 if args.mixed_precision != "no" and tokenizer.model_max_length % 8 == 0 else None
+    if variant == "published":
+        multiple_of = None
+    return TRAINERS.get(variant, RDropTrainer)(
         model=model,
-        args=replace(args, **changes),
+        args=args,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple_of),
         train_dataset=data["train"],
-        eval_dataset=data["published order" if variant == "published" else "test"],
-        data_collator=CountingCollator(tokenizer, pad_to_multiple_of=multiple),
+        eval_dataset=data["published" if variant == "published" else "eval"],
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
         callbacks=[Clock()],
         alpha=args.rdrop_alpha,
+        length_buckets=args.length_buckets,
     )
 
 
-def measure(trainer):
-    """Evaluate, then train; returns the figures of both."""
+def measure(trainer, counter):
+    """Evaluate, then train; returns the figures of both, and of an epoch."""
     figures = {}
-    trainer.compute_metrics = lambda eval_pred: {}  # so that logits are gathered, as in a real evaluation
-    synchronize()
-    begin = time.perf_counter()
+    begin = seconds()
     with peak_memory() as peak:
         figures["eval loss"] = trainer.evaluate()["eval_loss"]
-    synchronize()
-    figures["eval samples/s"] = len(trainer.eval_dataset) / (time.perf_counter() - begin)
-    figures["eval padding"], figures["eval MiB"] = trainer.data_collator.take_share(), peak[0]
+    figures["eval s"] = seconds() - begin
+    figures["eval samples/s"] = len(trainer.eval_dataset) / figures["eval s"]
+    figures["eval padding"], figures["eval MiB"] = counter.take_share(), peak[0]
     with peak_memory() as peak:
         trainer.train()
     clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
-    figures["train samples/s"] = len(trainer.train_dataset) * trainer.args.num_train_epochs / clock.seconds
-    figures["train padding"], figures["train MiB"] = trainer.data_collator.take_share(), peak[0]
-    figures["train s/step"] = clock.seconds / trainer.state.global_step
+    figures["train s"] = clock.seconds / trainer.args.num_train_epochs
+    figures["train samples/s"] = len(trainer.train_dataset) / figures["train s"]
+    figures["train padding"], figures["train MiB"] = counter.take_share(), peak[0]
+    figures["epoch s"] = figures["train s"] + figures["eval s"]
+    figures["ms/step"] = 1e3 * clock.seconds / trainer.state.global_step
     return figures
-
-
-def profile(trainer):
-    """The share of a training's time in forward, backward, optimizer (with clipping), and the rest, in that order.
-
-    Times functions of the trainer and its accelerator by wrapping them, which they need not know.
-    """
-    spent = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
-
-    def timed(part, function):
-        @wraps(function)  # torch looks for its mark on an optimizer's step
-        def call(*args, **kwargs):
-            synchronize()
-            begin = time.perf_counter()
-            result = function(*args, **kwargs)
-            synchronize()
-            spent[part] += time.perf_counter() - begin
-            return result
-
-        return call
-
-    trainer.compute_loss = timed("forward", trainer.compute_loss)
-    trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
-    trainer.accelerator.clip_grad_norm_ = timed("optimizer", trainer.accelerator.clip_grad_norm_)
-
-    class TimeOptimizer(TrainerCallback):
-        def on_train_begin(self, args, state, control, optimizer, **kwargs):
-            optimizer.step = timed("optimizer", optimizer.step)
-
-    trainer.add_callback(TimeOptimizer)
-    trainer.train()
-    clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
-    spent["outside"] = clock.seconds - sum(spent.values())
-    return {part: seconds / clock.seconds for part, seconds in spent.items()}
 
 
 def loader_ms(trainer):
@@ -237,17 +231,81 @@ def loader_ms(trainer):
     next(batches)  # starts the workers
     begin, cpu = time.perf_counter(), time.process_time()
     count = sum(1 for _ in batches)
-    return [1e3 * seconds / count for seconds in (time.perf_counter() - begin, time.process_time() - cpu)]
+    return [1e3 * spent / count for spent in (time.perf_counter() - begin, time.process_time() - cpu)]
 
 
-def flops_per_step(trainer):
-    """FLOPs of matrix products and attention, forward and backward, that a mean step of this training computes."""
-    with FlopCounterMode(display=False) as counter:
-        trainer.train()
-    return counter.get_total_flops() / trainer.state.global_step
+def compare(argv, options):
+    """Measure all variants, and print their figures."""
+    args = parse_args([*argv, *FIXED])
+    set_seed(args.seed)
+    tokenizer, model, data = load(args, options.random_weights)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    counter = TokenCounter(model)
+    variants = list(VARIANTS)
+    if not (options.doubled_batch or torch.cuda.is_available()):
+        variants.remove("doubled batch")
+    few = DatasetDict({split: rows.select(range(min(len(rows), 32))) for split, rows in data.items()})
+    for variant in variants:  # first calls allocate, choose kernels, compile
+        measure(build(variant, argv, few, weights, tokenizer, model), counter)
+    repeats = []
+    for repeat in range(options.repeats):
+        turn = repeat % len(variants)
+        figures = {}
+        for variant in variants[turn:] + variants[:turn]:
+            figures[variant] = measure(build(variant, argv, data, weights, tokenizer, model), counter)
+            print(f"repeat {repeat + 1}, {variant}: {figures[variant]}", file=sys.stderr)
+        losses = [figure["eval loss"] for figure in figures.values()]
+        assert all(math.isclose(loss, losses[0], rel_tol=1e-3) for loss in losses), f"{losses} differ in evaluation"
+        repeats.append(figures)
+
+    device, time_by = f"CPU, {torch.get_num_threads()} threads", "CPU time of the process"
+    if torch.cuda.is_available():
+        device, time_by = torch.cuda.get_device_name(), "the clock"
+    shape = f"{model.num_parameters() / 1e6:.1f} M parameters, {tokenizer.model_max_length} tokens"
+    precision = f"mixed precision: {args.mixed_precision}; batch {args.per_device_train_batch_size}"
+    print(f"\n{device}; torch {torch.__version__}; {model.config.model_type}, {shape}; {precision}")
+    print(f"{len(data['train'])} train and {len(data['eval'])} eval samples; medians of {options.repeats} repeats")
+    print(f"Seconds are {time_by}.\n")
+    print_figures(variants, repeats)
+    print_ratios(variants, repeats)
+    step = statistics.median(figures["default"]["ms/step"] for figures in repeats)
+    for workers in ("0", "2"):
+        flags = [*argv, "--dataloader_num_workers", workers]
+        ms, cpu = loader_ms(build("default", flags, data, weights, tokenizer, model))
+        of_main = f"{cpu:.2f} ms of the main process's CPU"
+        print(f"Loader with {workers} workers: {ms:.2f} ms a batch, {of_main}, beside {step:.1f} ms a step")
 
 
-def saved_bytes(trainer, batch_size, tokens):
+def print_figures(variants, repeats):
+    columns = [f"{part} {figure}" for part in ("train", "eval") for figure in ("samples/s", "padding", "MiB")]
+    columns += ["epoch s", "eval loss"]
+    print(f"| variant | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    formats = {"padding": ".1%", "MiB": ".0f", "loss": ".5f"}
+    for variant in variants:
+        cells = []
+        for column in columns:
+            figure = statistics.median(figures[variant][column] for figures in repeats)
+            cells.append(format(figure, formats.get(column.split()[-1], ".1f")))
+        print(f"| {variant} | {' | '.join(cells)} |")
+
+
+def print_ratios(variants, repeats):
+    print("\nTimes as fast as the published way: median (each repeat)\n")
+    print("| variant | training | evaluation | whole epoch |\n|---|---|---|---|")
+    for variant in variants:
+        cells = []
+        for column in ("train s", "eval s", "epoch s"):
+            ratios = [figures["published"][column] / figures[variant][column] for figures in repeats]
+            cells.append(f"{statistics.median(ratios):.2f} ({' '.join(f'{ratio:.2f}' for ratio in ratios)})")
+        print(f"| {variant} | {' | '.join(cells)} |")
+    print()
+
+
+# -----------------------------------------------------------------------------
+# Computed memory
+
+
+def saved_bytes(trainer, batch_size, tokens, padded):
     """Bytes that autograd keeps for the backward of one training step: distinct storages, parameters excluded."""
     storages = {}
 
@@ -258,6 +316,8 @@ def saved_bytes(trainer, batch_size, tokens):
 
     ids = torch.randint(5, trainer.model.config.vocab_size, (batch_size, tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch_size) % 2}
+    if padded:  # then attention keeps a mask, too
+        batch["attention_mask"][0, -1] = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.compute_loss(trainer.model.train(), batch)
     for parameter in trainer.model.parameters():
@@ -266,130 +326,141 @@ def saved_bytes(trainer, batch_size, tokens):
     return sum(storages.values())
 
 
-def print_memory(batch_size=16, tokens=512):
+def bytes_by_shape(trainer, padded):
+    """A function of rows and tokens: the bytes that a step keeps, after batches of 1 and 2 rows at three lengths.
+
+    A fixed part (half-precision copies of the weights, made by each call of the model), and for each row one linear in
+    its tokens, and one quadratic: the mask of a padded batch, in each layer. Attention itself is not kept.
+    """
+    tokens = np.array([64, 128, 192])  # the same curve as up to 512, in less time
+    one, two = ([saved_bytes(trainer, rows, n, padded) for n in tokens.tolist()] for rows in (1, 2))
+    row = np.subtract(two, one)
+    fixed = np.mean(one - row)
+    curve = np.polyfit(tokens, row, 2)
+    return lambda rows, n: fixed + rows * np.polyval(curve, n)
+
+
+def kept_bytes(step_bytes, lengths, batch_size, buckets):
+    """Bytes kept by each step of an epoch over texts of `lengths`, shuffled; widths are multiples of 8, as on a GPU."""
+    lengths = np.random.default_rng(0).permutation(lengths)
+    lengths = torch.from_numpy(lengths[: len(lengths) // batch_size * batch_size])
+    steps = []
+    for batch in lengths.split(batch_size):
+        mask = torch.arange(-(-max(batch) // 8) * 8) < batch[:, None]
+        _, parts = split_by_length({"attention_mask": mask}, buckets, 8)
+        steps.append(sum(step_bytes(*part["attention_mask"].shape) for part in parts))
+    return np.array(steps)
+
+
+def print_memory(lengths, batch_size):
     """Print the memory of a training step at roberta-base's shape, computed from the tensors that autograd saves.
 
     Stand-ins for a GPU with fp16: autocast to bf16, as wide; no attention dropout, for which the CPU has no fused
-    attention; dropout whose mask takes one byte an element, as CUDA's. Only batches of 1 and 2 are run: what is saved
-    grows linearly from there (of a fixed part: the half-precision copies of the weights that each pass makes).
-    Left out: temporary tensors, the CUDA context, the caching allocator's slack. With checkpointing, also the one layer
-    that the backward recomputes at a time.
+    attention; dropout whose mask takes one byte an element, as CUDA's. Left out: temporary tensors, the CUDA context,
+    the caching allocator's slack; with checkpointing, also the one layer that the backward recomputes at a time.
     """
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
     config.attention_probs_dropout_prob = 0.0
     model = RobertaForSequenceClassification(config)
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # each pass by itself, as accelerate does
-    args = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
+    args = TrainingArguments(tempfile.gettempdir(), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
     fixed = 4 * sum(parameter.nbytes for parameter in model.parameters())
 
     def dropout(tensor, p, training, inplace):
         return torch.native_dropout(tensor, p, training)[0]
 
-    print(f"Computed, not measured: GiB of a step of roberta-base, {batch_size} x {tokens} tokens, half precision.")
-    print("Weights, gradients and AdamW's two states in fp32 + what is kept for the backward = sum:\n")
-    print("| | one pass | two passes (R-Drop) |\n|---|---|---|")
+    def cell(kept):
+        parts = [x / 2**30 for x in (fixed, np.mean(kept), fixed + np.mean(kept))]
+        largest = f" (largest {(fixed + np.max(kept)) / 2**30:.1f})" if np.size(kept) > 1 else ""
+        return "{:.1f} + {:.1f} = {:.1f}".format(*parts) + largest
+
+    columns = {}
     with mock.patch("torch.nn.functional.dropout", dropout):
-        for how in ("by default", "with `--activation_checkpointing`"):
-            cells = []
-            for alpha in (0.0, 5.0):
-                trainer = RDropTrainer(model, args, alpha=alpha)
-                one, two = saved_bytes(trainer, 1, tokens), saved_bytes(trainer, 2, tokens)
-                saved = one + (batch_size - 1) * (two - one)
-                cells.append("{:.1f} + {:.1f} = {:.1f}".format(*(x / 2**30 for x in (fixed, saved, fixed + saved))))
-            print(f"| {how} | {' | '.join(cells)} |")
+        for how in ("", ", `--activation_checkpointing`"):
+            once, twice = (RDropTrainer(model, args, alpha=alpha) for alpha in (0.0, 5.0))
+            ratio = saved_bytes(twice, 1, 64, padded=True) / saved_bytes(once, 1, 64, padded=True)
+            assert math.isclose(ratio, 2, rel_tol=1e-3), f"two passes keep {ratio} times the memory of one"
+            full, padded = bytes_by_shape(once, padded=False), bytes_by_shape(once, padded=True)
+            kept = [kept_bytes(padded, lengths, batch_size, buckets) for buckets in (1, 2, 4)]
+            kept = [full(batch_size, 512), *kept]
+            columns["one pass" + how] = [cell(step) for step in kept]
+            columns["two passes (R-Drop)" + how] = [cell(2 * step) for step in kept]
             model.activation_checkpointing_enable()
+
+    print(f"\nComputed, not measured: GiB of a step of roberta-base with {batch_size} texts, half precision.")
+    print("Weights, gradients and AdamW's two states in fp32 + what is kept for the backward = sum.")
+    print(f"The data's lengths: {len(lengths)} texts, on average {np.mean(lengths):.0f} tokens; mean over the steps\n")
+    print(f"| texts | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    names = ["all of 512 tokens", "the data's lengths", "`--length_buckets 2`", "`--length_buckets 4`"]
+    for name, *cells in zip(names, *columns.values(), strict=True):
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+# -----------------------------------------------------------------------------
+# The data part
+
+
+def read_once(path):
+    """Print the CPU seconds of `load_splits` on one file, and this process's peak of memory."""
+    args = parse_args(["--train_file", path, "--validation_fraction", "0.1", "--report_to", "none"])
+    begin = time.process_time()
+    load_splits(args, args.seed)
+    spent = time.process_time() - begin
+    print(json.dumps([spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))
+
+
+def print_reading(rows, folder):
+    """Print what reading a CSV file of `rows` rows costs, first and from the cache, beside one of 100 rows."""
+    env = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache"}
+    rng = random.Random(0)
+    lines = ["| rows | MB | read | CPU s | peak MiB |\n|---|---|---|---|---|"]
+    for count in (100, rows):
+        path = f"{folder}/{count}.csv"
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for number in range(count):
+                text = " ".join(rng.choices(tiny_imdb.NEUTRAL, k=225))  # about 1.1 kB
+                writer.writerow([text, ("neg", "pos")[number % 2]])
+        for how in ("first", "from the cache"):
+            command = [sys.executable, __file__, "--read", path]
+            said = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+            spent, peak = json.loads(said.splitlines()[-1])
+            lines.append(f"| {count} | {os.path.getsize(path) / 1e6:.1f} | {how} | {spent:.1f} | {peak:.0f} |")
+    print("\nThe data part alone, load_splits. The peak is that of a whole process, with its libraries and the part of")
+    print("the cache that it has mapped.\n")
+    print("\n".join(lines))
 
 
 def main():
-    parser = HfArgumentParser(BenchmarkArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
-    (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    if args.memory:
-        print_memory()
-        return
-    made = Path(tempfile.mkdtemp())
-    if args.model_name_or_path == "tiny":
-        tiny_imdb.write_model(made / "model")
-        args.model_name_or_path = str(made / "model")
-    if args.dataset_name == "tiny":
-        tiny_imdb.write_data(made / "data")
-        args.dataset_name = str(made / "data")
-
-    set_seed(args.seed)
-    splits = load_splits(args)
-    names = splits["train"].features["labels"].names
-    if args.random_weights:
-        config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=len(names))
-        if args.config_overrides:
-            config.update_from_string(args.config_overrides)
-        AutoTokenizer.from_pretrained(args.model_name_or_path).save_pretrained(folder := tempfile.mkdtemp())
-        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-        args.model_name_or_path = folder
-    tokenizer, model = load_model(args, names)
-    data = tokenize(splits, tokenizer, args)
-    # `tokenize` leaves the order of a train split as it is
-    data["published order"] = tokenize(DatasetDict(train=splits["test"]), tokenizer, args)["train"]
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    half_precision = args.fp16 or args.bf16
-    pad_to_8 = half_precision and tokenizer.model_max_length % 8 == 0
-    rest = (data, weights, tokenizer, model, pad_to_8)
-
-    variants = ["published", "default", "group_by_length"]
-    if args.doubled_batch or (args.doubled_batch is None and torch.cuda.is_available()):
-        variants.append("doubled batch")
-    few = DatasetDict({split: rows.select(range(min(len(rows), 32))) for split, rows in data.items()})
-    for variant in variants:  # first calls allocate, choose kernels, compile
-        measure(build(variant, args, few, *rest[1:]))
-    repeats = []
-    for repeat in range(args.repeats):
-        turn = repeat % len(variants)
-        figures = {}
-        for variant in variants[turn:] + variants[:turn]:
-            figures[variant] = measure(build(variant, args, *rest))
-            print(f"repeat {repeat + 1}, {variant}: {figures[variant]}", file=sys.stderr)
-        losses = [figure["eval loss"] for figure in figures.values()]
-        assert all(math.isclose(loss, losses[0], rel_tol=1e-3) for loss in losses), f"{losses} differ in evaluation"
-        repeats.append(figures)
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    shape = f"{model.num_parameters() / 1e6:.1f} M parameters, {tokenizer.model_max_length} tokens"
-    precision = f"mixed precision: {args.mixed_precision}; batch {args.per_device_train_batch_size}"
-    print(f"{device}; torch {torch.__version__}; {model.config.model_type}, {shape}; {precision}")
-    print(f"{len(data['train'])} train and {len(data['test'])} test samples, {args.repeats} repeats\n")
-    columns = [f"{part} {figure}" for part in ("train", "eval") for figure in ("samples/s", "padding", "MiB")]
-    columns.append("eval loss")
-    print(f"| variant | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for variant in variants:
-        cells = []
-        for column in columns:
-            figure = statistics.median(figures[variant][column] for figures in repeats)
-            ratios = [figures[variant][column] / figures["published"][column] for figures in repeats]
-            if column.endswith("padding"):
-                cells.append(f"{figure:.1%} ({statistics.median(ratios):.2f})")
-            elif column == "eval loss":
-                cells.append(f"{figure:.5f}")
-            elif column.endswith("MiB"):
-                cells.append(f"{figure:.0f} ({statistics.median(ratios):.2f})")
-            else:
-                cells.append(f"{figure:.1f} ({statistics.median(ratios):.2f}; {min(ratios):.2f}-{max(ratios):.2f})")
-        print(f"| {variant} | {' | '.join(cells)} |")
-    print("\nIn brackets: ratio to the published way, median (and range over the repeats).")
-
-    shares = profile(build("default", args, *rest))
-    print("Time of a default training:", ", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
-    step = statistics.median(figures["default"]["train s/step"] for figures in repeats) * 1e3
-    for workers in (0, 2):
-        ms, cpu = loader_ms(build("default", replace(args, dataloader_num_workers=workers), *rest))
-        of_main = f"{cpu:.2f} ms of the main process's CPU"
-        print(f"Loader with {workers} workers: {ms:.2f} ms a batch, {of_main}, beside {step:.1f} ms a step")
-    if "doubled batch" in variants:
-        peak = next((peak for card, peak in PEAK.items() if card in device), None)
-        for variant in variants:
-            seconds = statistics.median(figures[variant]["train s/step"] for figures in repeats)
-            flops = flops_per_step(build(variant, args, *rest))
-            share = f", {flops / seconds / peak:.1%} of the card's dense fp16 peak" if peak else ""
-            rate = f"{flops / 1e9:.2f} GFLOP, {flops / seconds / 1e12:.3f} TFLOP/s{share}"
-            print(f"{variant}: {seconds * 1e3:.1f} ms a step for {rate}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--repeats", type=int, default=4, help="how often every variant runs (default: 4)")
+    parser.add_argument("--random_weights", action="store_true", help="make the model from its config: same cost")
+    parser.add_argument("--doubled_batch", action="store_true", help="time the doubled batch without a GPU, too")
+    parser.add_argument("--memory", action="store_true", help="only compute the memory of a step of roberta-base")
+    parser.add_argument("--rows", type=int, help="only read a made-up file of so many rows")
+    options, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.rows:
+            print_reading(options.rows, folder)
+            return
+        tiny_imdb.write_model(f"{folder}/model")
+        tiny_imdb.write_data(f"{folder}/data")
+        tiny = ["--model_name_or_path", f"{folder}/model", "--dataset_name", f"{folder}/data"]
+        argv = [*tiny, *DEFAULTS, *flags, "--output_dir", f"{folder}/results"]
+        if options.memory:
+            args = parse_args(argv)
+            train = DatasetDict(train=load_splits(args, args.seed)["train"])
+            lengths = tokenize(train, load_tokenizer(args))["train"]["length"][:]
+            print_memory(lengths, args.per_device_train_batch_size)
+        else:
+            compare(argv, options)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--read"]:
+        read_once(sys.argv[2])
+    else:
+        main()

@@ -1,4 +1,7 @@
-"""Kill this process: `SIGTERM loading`, `SIGKILL step 13`, `SIGTERM evaluation 10`, `SIGTERM evaluation final`."""
+"""Send this process a signal: `SIGTERM loading`, `SIGKILL step 13`, `SIGINT evaluation 10`, `SIGTERM evaluation final`.
+
+`SIGKILL step 13 1` is the same in process 1, of several.
+"""
 
 import os
 import signal
@@ -9,6 +12,8 @@ import datasets
 from transformers import TrainerCallback, trainer
 
 _, name, *moment = sys.argv
+if len(moment) == 3 and moment.pop() != os.environ.get("RANK"):
+    moment = []
 
 
 def reached(*now):
@@ -27,4 +32,4 @@ class Kill(TrainerCallback):
 
 trainer.DEFAULT_CALLBACKS.append(Kill)
 if moment == ["loading"]:
-    datasets.load_dataset = lambda *args, **kwargs: reached("loading")
+    datasets.load_dataset_builder = lambda *args, **kwargs: reached("loading")
