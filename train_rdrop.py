@@ -48,12 +48,25 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from sklearn.metrics import accuracy_score, classification_report, f1_score, roc_auc_score
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
-from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
 
 logger = logging.getLogger("train_rdrop")
-short = reprlib.Repr()  # shows users' values: quoted, cut, and without terminal escapes
+short = reprlib.Repr()
 short.maxstring, short.maxother, short.maxlist, short.maxdict = 60, 60, 20, 20
+show = short.repr  # users' values: quoted, cut, and without terminal escapes
+
+
+METRICS = ("accuracy", "f1", "auc", "loss")  # of each evaluation; the best model has the best of one
+REPORT = "classification_report.txt"
 
 
 class UserError(Exception):
@@ -83,7 +96,7 @@ class DataArguments:
     train_file: str | None = flag(None, "In place of a data set: csv, tsv, json, jsonl or parquet")
     validation_file: str | None = flag(None, "Like it; chooses the checkpoint")
     test_file: str | None = flag(None, "Like it; evaluated at the end")
-    quoting: Literal["minimal", "none"] = flag("minimal", "none: quotes in csv and tsv are plain characters")
+    quoting: Literal["minimal", "none"] = flag("minimal", "none: quotes are plain characters")
     validation_split: str = flag("validation", "Split that chooses the checkpoint. Or: none")
     test_split: str = flag("test", "Split evaluated at the end. Or: none")
     validation_fraction: float = flag(0.0, "Share of train held out for validation")
@@ -100,7 +113,7 @@ class DataArguments:
 class MethodArguments:
     _argument_group_name = "R-Drop, early stopping, curves"
     rdrop_alpha: float = flag(5.0, "Weight of the KL term. 0: one pass, the plain baseline")
-    length_buckets: int = flag(1, "Parts of like length in which a training batch is run: less padding")
+    length_buckets: int = flag(1, "Parts of like length, run one by one: less padding")
     early_stopping_patience: int = flag(3, "Evaluations without gain to stop after; 0: never")
     early_stopping_threshold: float = flag(0.01, "Gain that counts")
     logging_dir: str = flag("./logs_rdrop", "TensorBoard's folder, with one for each run")
@@ -139,8 +152,8 @@ RECIPE = {  # defaults that replace those of TrainingArguments; --help explains 
 
 @dataclass
 class TrainingFlags(TrainingArguments):
-    _argument_group_name = "training: the flags of Hugging Face's TrainingArguments, with the recipe as defaults"
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"], metadata={"help": "Where curves go, or none"})
+    _argument_group_name = "training: all flags of TrainingArguments, the recipe as defaults"
+    report_to: list[str] | None = flag(None, "Where curves go, or none. Default: tensorboard")
 
 
 @dataclass
@@ -149,7 +162,7 @@ class RDropArguments(TrainingFlags, MethodArguments, DataArguments, ModelArgumen
 
     def __post_init__(self):
         on_cuda = torch.cuda.is_available() and not self.use_cpu
-        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":  # as `accelerate launch` was told
+        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":  # of `accelerate launch`
             self.bf16 = True
         if self.bf16 or not on_cuda:
             self.fp16 = False
@@ -157,42 +170,51 @@ class RDropArguments(TrainingFlags, MethodArguments, DataArguments, ModelArgumen
             self.dataloader_pin_memory = False  # torch would warn in every epoch
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if on_cuda else 0
+        if self.report_to is None:
+            self.report_to = ["tensorboard"]
         super().__post_init__()
         RDropLoss(self.rdrop_alpha, self.label_smoothing_factor)  # checks the range of both
-        sizes = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
-        sizes += ["num_train_epochs", "length_buckets", "max_length", "max_train_samples", "max_eval_samples"]
+        sizes = ["per_device_train_batch_size", "per_device_eval_batch_size", "length_buckets"]
+        sizes += ["gradient_accumulation_steps", "num_train_epochs"]
+        sizes += ["max_length", "max_train_samples", "max_eval_samples"]
         for name in [*sizes, "eval_accumulation_steps"]:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} must be more than 0, not {value}")
         if min(self.seed, self.dataloader_num_workers) < 0:
             raise ValueError("--seed and --dataloader_num_workers must be at least 0")
-        if self.metric_for_best_model not in ("f1", "accuracy", "auc", "loss", None):
-            raise ValueError("--metric_for_best_model must be f1, accuracy, auc or loss")
+        if self.metric_for_best_model not in (*METRICS, None):
+            raise ValueError(f"--metric_for_best_model must be one of {', '.join(METRICS)}")
         if self.greater_is_better == (self.metric_for_best_model == "loss"):
-            raise ValueError("--greater_is_better does not fit --metric_for_best_model: leave it out")
+            raise ValueError("--greater_is_better does not fit --metric_for_best_model")
         if len({self.text_column, self.label_column, self.text_pair_column}) < 3:
             raise ValueError("--text_column, --label_column and --text_pair_column must differ")
         if self.validation_split == self.test_split != "none":
             raise ValueError("--validation_split and --test_split must differ")
         if (self.validation_file or self.test_file) and not self.train_file:
             raise ValueError("--validation_file and --test_file need a --train_file")
-        if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
-            raise ValueError("--save_steps must equal --eval_steps, or the best model would not be saved")
+        saves_by_steps = self.load_best_model_at_end and self.save_strategy == "steps"
+        if saves_by_steps and self.save_steps != self.eval_steps:
+            raise ValueError("--save_steps must equal --eval_steps, to save the best model")
 
 
 # A run trains and evaluates, and its metrics need all labels and logits: these flags cannot be had
-FIXED = ["do_train", "do_eval", "do_predict", "prediction_loss_only", "eval_do_concat_batches", "batch_eval_metrics"]
-FIXED += ["label_names", "debug", "remove_unused_columns", "dataloader_drop_last"]
-RENAMED = {"--warmup_ratio": "--warmup_steps (below 1: a share)", "--evaluation_strategy": "--eval_strategy"}
-RENAMED |= {"--group_by_length": "--train_sampling_strategy group_by_length", "--no_cuda": "--use_cpu"}
+FIXED = ["do_train", "do_eval", "do_predict", "prediction_loss_only", "eval_do_concat_batches"]
+FIXED += ["batch_eval_metrics", "label_names", "debug", "remove_unused_columns", "dataloader_drop_last"]
+RENAMED = {
+    "--warmup_ratio": "--warmup_steps (below 1: a share)",
+    "--evaluation_strategy": "--eval_strategy",
+    "--group_by_length": "--train_sampling_strategy group_by_length",
+    "--no_cuda": "--use_cpu",
+}
 
 
 def parse_args(argv=None) -> RDropArguments:
     """Read the command line (or `argv`, strings); a mistake in it ends the process with status 2, as argparse does."""
     groups = [ModelArguments, DataArguments, MethodArguments, TrainingFlags]
-    usage = "%(prog)s [--flag value ...]   (--help lists all flags)"
-    parser = HfArgumentParser(groups, usage=usage, description=__doc__.splitlines()[0], allow_abbrev=False)
+    about = {"usage": "%(prog)s [--flag value ...]   (--help lists all flags)"}
+    about |= {"description": __doc__.splitlines()[0]}
+    parser = HfArgumentParser(groups, allow_abbrev=False, **about)
     parser.set_defaults(**RECIPE, **dict.fromkeys(FIXED))
     values, unknown = parser.parse_known_args(argv)
     if unknown:  # without their values, which may be tokens
@@ -200,11 +222,12 @@ def parse_args(argv=None) -> RDropArguments:
         now = [f"{name} is now {RENAMED[name]}" for name in names if name in RENAMED]
         parser.error(". ".join([f"unknown arguments: {', '.join(names) or 'a stray word'}", *now]))
     for name in FIXED:
-        if vars(values).pop(name) not in (None, name == "do_train" or getattr(TrainingArguments, name, None)):
-            parser.error(f"--{name} cannot be had: a run trains, and evaluates all rows, labels and logits")
+        allowed = name == "do_train" or getattr(TrainingArguments, name, None)
+        if vars(values).pop(name) not in (None, allowed):
+            parser.error(f"--{name} cannot be had: a run trains, and evaluates all rows")
     try:
         args = RDropArguments(**vars(values))
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # of TrainingArguments, too
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         parser.error(str(error))
     if args.hub_token:  # else Trainer would save it in every training_args.bin, and push it
         os.environ["HF_TOKEN"] = args.hub_token
@@ -229,7 +252,8 @@ class RDropLoss(nn.Module):
         if not 0 <= alpha < math.inf:
             raise ValueError(f"alpha (--rdrop_alpha) must be finite and at least 0, not {alpha}")
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing (--label_smoothing_factor) must be in [0, 1), not {label_smoothing}")
+            what = "label_smoothing (--label_smoothing_factor)"
+            raise ValueError(f"{what} must be in [0, 1), not {label_smoothing}")
         self.alpha = alpha
         self.label_smoothing = label_smoothing
 
@@ -269,7 +293,7 @@ class RDropTrainer(Trainer):
     a training loss that is not finite raises `FloatingPointError` there.
     """
 
-    loss_is_scaled_for_ga = False  # a mean over each micro-batch: Trainer divides by the accumulation steps
+    loss_is_scaled_for_ga = False  # Trainer divides the mean of each micro-batch by their number
 
     def __init__(self, *args, alpha: float = 1.0, length_buckets: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
@@ -277,23 +301,24 @@ class RDropTrainer(Trainer):
             raise ValueError("--length_buckets above 1 needs a tokenizer that pads on the right")
         self.length_buckets = length_buckets
         self.rdrop_loss = RDropLoss(alpha, self.args.label_smoothing_factor)
-        self.sums = torch.zeros(3, device=self.args.device)  # of CE, KL and steps since the last log
+        self.sums = torch.zeros(3, device=self.args.device)  # CE, KL, steps since a log
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch with `labels`; with `return_outputs` also the logits of the first pass."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        parts, order = [inputs], slice(None)
+        parts, back = [inputs], slice(None)
         if model.training and self.length_buckets > 1:
             multiple_of = 1 if self.args.mixed_precision == "no" else 8
-            parts, order = split_by_length(inputs, self.length_buckets, multiple_of)
+            parts, back = split_by_length(inputs, self.length_buckets, multiple_of)
 
-        logits1 = torch.cat([model(**part).logits for part in parts])[order]
+        logits1 = torch.cat([model(**part).logits for part in parts])[back]
         logits2 = logits1  # the same twice: CE is that of one pass, KL is 0
         if model.training and self.rdrop_loss.alpha > 0:
-            logits2 = torch.cat([model(**part).logits for part in parts])[order]  # dropout draws other masks
+            # dropout draws other masks
+            logits2 = torch.cat([model(**part).logits for part in parts])[back]
 
-        ce, kl = self.rdrop_loss.terms(logits1, logits2, labels)
+        ce, kl = self.rdrop_loss.terms(logits1, logits2, labels)  # as RDropLoss.forward, but logged
         loss = ce + self.rdrop_loss.alpha * kl
         if model.training:
             terms = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
@@ -310,7 +335,8 @@ class RDropTrainer(Trainer):
             ce, kl, steps = self.accelerator.reduce(self.sums).tolist()
             self.sums.zero_()
             if not math.isfinite(ce + kl):
-                raise FloatingPointError(f"the loss is not finite (seen at step {self.state.global_step})")
+                step = self.state.global_step
+                raise FloatingPointError(f"the loss is not finite (seen at step {step})")
         if "loss" in logs:
             logs["ce"] = ce / steps
             if self.rdrop_loss.alpha > 0:
@@ -366,8 +392,9 @@ def loading(what: str, hint: str = "", errors=Exception):
 def hint_for(flag: str, name: str) -> str:
     if os.path.isdir(name):
         return f"Is the folder of {flag} complete?"
+    ways = f"{flag} takes a local folder or a Hub id, owner/name"
     mirror = f"HF_ENDPOINT, now {os.environ.get('HF_ENDPOINT')}, names a mirror"
-    return f"{flag} takes a local folder or a Hub id, owner/name ({mirror}). Without a Hub: tests/tiny_imdb.py"
+    return f"{ways} ({mirror}). Without a Hub: tests/tiny_imdb.py"
 
 
 def label_name(value, feature=None) -> str | None:
@@ -379,7 +406,8 @@ def label_name(value, feature=None) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas makes floats of integers where a field is empty
     if not isinstance(value, (str, int)):
-        raise UserError(f"labels are integers or strings, one class a text, not {short.repr(value)}: --label_column")
+        what = f"labels are integers or strings, one class a text, not {show(value)}"
+        raise UserError(f"{what}: --label_column")
     return str(value).strip() or None
 
 
@@ -389,13 +417,14 @@ def check_columns(columns: dict[str, str], there: list[str], where: str):
     for name in columns.values():
         if there.count(name) != 1:
             count = "two columns" if name in there else "no column"
-            hint = "Use --text_column and --label_column. Is there no header line, or another separator?"
-            raise UserError(f"{where} has {count} {short.repr(name)}, only {short.repr(there)}. {hint}")
+            flags = "Use --text_column and --label_column"
+            hint = f"{flags}. Is there no header line, or another separator?"
+            raise UserError(f"{where} has {count} {show(name)}, only {show(there)}. {hint}")
 
 
 def read_file(path: str, columns: dict[str, str], separator: str | None, quoting: str):
     """Yield the records of a csv file (with a `separator`) or a json file as it spells them, and the lines of each."""
-    open_file = gzip.open if path.endswith(".gz") else open
+    open_file = gzip.open if path.lower().endswith(".gz") else open
     with open_file(path, "rt", newline="", encoding="utf-8-sig") as file:
         if separator is None:
             is_list = file.read(1000).lstrip().startswith("[")
@@ -426,30 +455,35 @@ def read_rows(source, where, columns, classes, separator, quoting, digests):
         feature = source.features[columns["label"]]
         records = ((record, 1) for record in source)
     else:
-        records = chain.from_iterable(read_file(path, columns, separator, quoting) for path in source)
+        files = (read_file(path, columns, separator, quoting) for path in source)
+        records = chain.from_iterable(files)
     for number, (record, lines) in enumerate(records):
         if not isinstance(record, dict) or isinstance(record.get(columns["text"]), dict):
-            raise UserError(f"{where} holds no records: in pandas, to_json(path, orient='records', lines=True)")
+            layout = "in pandas, to_json(path, orient='records', lines=True)"
+            raise UserError(f"{where} holds no records: {layout}")
         there |= dict.fromkeys(record)
         row = {ours: record.get(name) for ours, name in columns.items()}
         label = label_name(row.pop("label"), feature)
         for text in row.values():
             if not isinstance(text, (str, type(None))):
-                raise UserError(f"{where}: row {number} holds {short.repr(text)}, not text: --text_column")
+                what = f"row {number} holds {show(text)}, not text"
+                raise UserError(f"{where}: {what}: --text_column")
             if not text or not text.strip():
                 label = None
         if classes and label and label not in classes:
-            known = short.repr(classes)
-            raise UserError(f"{where}: row {number} has label {short.repr(label)}, train only {known}")
+            what = f"row {number} has label {show(label)}"
+            raise UserError(f"{where}: {what}, train only {show(classes)}")
         yield {**row, "label": label, "row": number, "lines": lines}
     check_columns(columns, list(there), where)
 
 
-def load_rows(source, where: str, args: DataArguments, classes=None, separator=None, digests=()) -> Dataset:
+def load_rows(source, where: str, args: DataArguments, classes=None, separator=None, digests=()):
     """All rows of `source`, a `Dataset` or paths, as of `read_rows`: read once, and then from the cache."""
-    columns = {"text": args.text_column, "text_pair": args.text_pair_column, "label": args.label_column}
+    columns = {"text": args.text_column, "text_pair": args.text_pair_column}
+    columns |= {"label": args.label_column}
     columns = {ours: name for ours, name in columns.items() if name}
-    types = dict.fromkeys(columns, Value("string")) | {"row": Value("int64"), "lines": Value("int64")}
+    types = dict.fromkeys(columns, Value("string"))
+    types |= dict.fromkeys(["row", "lines"], Value("int64"))
     if isinstance(source, Dataset):
         check_columns(columns, source.column_names, where)
         source = source.select_columns(list(columns.values()))
@@ -457,19 +491,22 @@ def load_rows(source, where: str, args: DataArguments, classes=None, separator=N
             types["label"] = source.features[columns["label"]]
     if classes:
         types["label"] = ClassLabel(names=classes)
-    kwargs = {"source": source, "where": where, "columns": columns, "classes": classes and tuple(classes)}
-    kwargs |= {"separator": separator, "quoting": args.quoting, "digests": digests}
+    kwargs = {"source": source, "where": where, "columns": columns, "separator": separator}
+    # tuples, for lists would be taken as shards
+    kwargs |= {"classes": classes and tuple(classes), "quoting": args.quoting, "digests": digests}
     with loading(where, FILE_HINT, FILE_ERRORS):
         rows = Dataset.from_generator(read_rows, features=Features(types), gen_kwargs=kwargs)
     lines = rows.with_format("numpy")["lines"][:]
     if lines.sum() > len(rows):
-        counts = f"{lines.sum()} lines hold {len(rows)} rows, the first of several is row {np.argmax(lines > 1)}"
-        logger.warning(f"{where}: {counts}: texts with line breaks, or stray quotes? --quoting none")
+        counts = f"{lines.sum()} lines hold {len(rows)} rows"
+        first = f"the first of several is row {np.argmax(lines > 1)}"
+        why = "texts with line breaks, or stray quotes? --quoting none"
+        logger.warning(f"{where}: {counts}, {first}: {why}")
     return rows
 
 
-FILE_HINT = "Files are UTF-8, with commas in .csv, tabs in .tsv. --quoting none makes quotes plain characters"
-FILE_ERRORS = (OSError, ValueError, EOFError, csv.Error, zlib.error)  # another error is a bug of ours
+FILE_HINT = "Files are UTF-8, with commas in .csv, tabs in .tsv. Are quotes plain? --quoting none"
+FILE_ERRORS = (OSError, ValueError, EOFError, csv.Error, zlib.error)  # another: a bug of ours
 
 
 def digest(path: str) -> str:
@@ -480,13 +517,14 @@ def digest(path: str) -> str:
 def load_files(paths: list[str], args: DataArguments, classes=None, separator=None) -> Dataset:
     """All rows of files of one kind: csv, tsv, json, jsonl or parquet, also .gz."""
     where = "".join(filter(str.isprintable, ", ".join(paths)))
-    kind = re.search(r"\.(csv|tsv|jsonl?|parquet)(\.gz)?$", paths[0].lower())
-    if not kind:
+    kind = re.search(r"\.(csv|tsv|json|jsonl|parquet)(\.gz)?$", paths[0].lower())
+    if not kind or kind[0] == ".parquet.gz":
         raise UserError(f"{where} does not end in .csv, .tsv, .json, .jsonl or .parquet")
     with loading(where, FILE_HINT, FILE_ERRORS):
         source, digests = tuple(paths), tuple(map(digest, paths))
         if kind[1] == "parquet":
-            source = Dataset.from_parquet([glob.escape(path) for path in paths], config_name="-".join(digests)[:200])
+            patterns = [glob.escape(path) for path in paths]
+            source = Dataset.from_parquet(patterns, config_name="-".join(digests)[:200])
     separator = separator or {"csv": ",", "tsv": "\t"}.get(kind[1])
     return load_rows(source, where, args, classes, separator, digests)
 
@@ -506,12 +544,13 @@ def load_split(split: str, args: DataArguments, classes=None) -> Dataset | None:
     files = builder.config.data_files
     if there not in files:
         if split == "train" or there not in (split, "none"):
-            raise UserError(f"{name} has no split {there!r}, only: {', '.join(files)}")
+            raise UserError(f"{name} has no split {there!r}, only: {', '.join(map(str, files))}")
         return None
     names = [os.path.basename(path) for path in files[there]]
     if os.path.isdir(name) and len({re.sub(r"-\d+(?=-of-\d+)", "", path) for path in files[there]}) > 1:
-        raise UserError(f"{name} has several files for {there}, {short.repr(names)}: name one by --{split}_file")
-    say(f"{split} is read from {short.repr(names)}")
+        which = f"several files for {there}, {show(names)}"
+        raise UserError(f"{name} has {which}: name one by --{split}_file")
+    say(f"{split} is read from {show(names)}")
     types_are_guessed = builder.info.features is None and builder.name in ("csv", "json", "parquet")
     with loading(name, hint_for("--dataset_name", name)):
         if types_are_guessed:
@@ -519,7 +558,8 @@ def load_split(split: str, args: DataArguments, classes=None) -> Dataset | None:
         else:
             found = datasets.load_dataset(name, config, data_dir=data_dir, split=there)
     if types_are_guessed:
-        return load_files([str(Path(path)) for path in found], args, classes, getattr(builder.config, "sep", None))
+        paths = [str(Path(path)) for path in found]
+        return load_files(paths, args, classes, getattr(builder.config, "sep", None))
     return load_rows(found, f"split {there!r}", args, classes)
 
 
@@ -537,8 +577,9 @@ def hold_out(rows: Dataset, fraction: float, seed: int) -> dict[str, Dataset]:
     """Draw `fraction` of each class, as `validation`, from `rows`."""
     counts = np.bincount(rows["labels"][:]).tolist()
     if 1 in counts:
-        rare = short.repr(rows.features["labels"].names[counts.index(1)])
-        raise UserError(f"class {rare} has one row, too few for --validation_fraction: leave it out, or add rows")
+        rare = show(rows.features["labels"].names[counts.index(1)])
+        why = "too few for --validation_fraction"
+        raise UserError(f"class {rare} has one row, {why}: leave it out, or add rows")
     with loading("the validation part", "Try another --validation_fraction", ValueError):
         parts = rows.train_test_split(fraction, stratify_by_column="labels", seed=seed)
     return {"train": parts["train"], "validation": parts["test"]}
@@ -552,10 +593,11 @@ def load_splits(args: DataArguments, seed: int = 42) -> DatasetDict:
     raw = {"train": load_split("train", args)}
     names = class_names(raw["train"])
     if len(names) < 2:
-        raise UserError(f"split 'train' has one label only, {short.repr(names)}: there is nothing to learn")
+        why = "there is nothing to learn"
+        raise UserError(f"split 'train' has one label only, {show(names)}: {why}")
     if args.positive_label and (args.positive_label not in names or len(names) != 2):
-        label = short.repr(args.positive_label)
-        raise UserError(f"--positive_label {label} is not one of two classes. There are: {short.repr(names)}")
+        what = f"--positive_label {show(args.positive_label)} is not one of two classes"
+        raise UserError(f"{what}. There are: {show(names)}")
     raw |= {split: load_split(split, args, names) for split in ("validation", "test")}
 
     splits = DatasetDict()
@@ -563,36 +605,44 @@ def load_splits(args: DataArguments, seed: int = 42) -> DatasetDict:
         complete = np.flatnonzero(rows.data.column("label").is_valid()) if rows else []
         if rows and len(complete) < len(rows):
             first = np.setdiff1d(np.arange(len(rows)), complete)[0]
-            missing = f"{len(rows) - len(complete)} of {len(rows)} rows without text or label are left out"
+            count = f"{len(rows) - len(complete)} of {len(rows)} rows"
+            missing = f"{count} without text or label are left out"
             logger.warning(f"Split {split!r}: {missing}, the first is row {first} (counted from 0).")
         if len(complete):  # GLUE's test splits have no labels
             rows = rows.select(complete).cast_column("label", ClassLabel(names=names))
             splits[split] = rows.rename_column("label", "labels").remove_columns("lines")
     if args.validation_fraction:
         if "validation" in splits:
-            raise UserError("a validation split is there: leave out --validation_fraction, or --validation_split none")
+            ways = "leave out --validation_fraction, or --validation_split none"
+            raise UserError(f"a validation split is there: {ways}")
         splits |= hold_out(splits["train"], args.validation_fraction, seed)
         raw["validation"] = raw["train"]
     if len(splits) == 1:
         ways = "--validation_fraction 0.1, --validation_file or --validation_split"
-        raise UserError(f"there is no validation or test split to choose the checkpoint: give {ways}")
+        what = "there is no validation or test split to choose the checkpoint"
+        raise UserError(f"{what}: give {ways}")
 
     for split, rows in splits.items():
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
         if limit is not None and limit < len(rows):
             splits[split] = rows.shuffle(seed=seed).select(range(limit))
         counts = np.bincount(splits[split]["labels"][:], minlength=len(names)).tolist()
-        by_class = [f"{short.repr(name)}: {count}" for name, count in zip(names, counts, strict=True)]
-        say(f"{split}: {len(splits[split])} of {len(raw[split])} rows, {{{', '.join(by_class[:20])}}}")
+        pairs = zip(names[:20], counts, strict=False)
+        by_class = ", ".join(f"{show(name)}: {count}" for name, count in pairs)
+        say(f"{split}: {len(splits[split])} of {len(raw[split])} rows, {{{by_class}}}")
         if 0 in counts and split != "train":
-            logger.warning(f"Split {split!r} has no row of some class: its AUC is undefined and left out.")
+            what = "has no row of some class: its AUC is undefined and left out"
+            logger.warning(f"Split {split!r} {what}.")
     return splits
 
 
 def encode(*texts, tokenizer):
     """Tokenize a batch of texts, or of pairs; `cut` says which were longer than the tokenizer's limit."""
     tokens = tokenizer(*texts, truncation=True, return_length=True)
-    tokens["cut"] = [bool(encoding.overflowing) for encoding in tokens.encodings]
+    if tokens.encodings is None:  # of a slow tokenizer, which does not tell: those that fill the limit
+        tokens["cut"] = [length >= tokenizer.model_max_length for length in tokens["length"]]
+    else:
+        tokens["cut"] = [bool(encoding.overflowing) for encoding in tokens.encodings]
     return tokens
 
 
@@ -629,9 +679,11 @@ def load_model(args: ModelArguments, tokenizer, names: list[str]):
     """The encoder, in float32, with a new head for the classes `names`."""
     name = args.model_name_or_path
     with loading(name, hint_for("--model_name_or_path", name)):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # the default asks on the terminal
+        # without the flag, it asks on the terminal
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if args.config_overrides:
-        with loading(f"--config_overrides {args.config_overrides}", "Give key=value,... with keys of the config"):
+        hint = "Give key=value,... with keys of the config"
+        with loading(f"--config_overrides {args.config_overrides}", hint):
             config.update_from_string(args.config_overrides)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
@@ -646,7 +698,7 @@ def load_model(args: ModelArguments, tokenizer, names: list[str]):
             trust_remote_code=False,
         )
     new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
-    say(f"new weights, drawn with the seed: {short.repr(sorted(new))}")
+    say(f"new weights, drawn with the seed: {show(sorted(new))}")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return model
@@ -660,18 +712,21 @@ def dry_run(model, tokenizer, splits: DatasetDict, alpha: float):
     longest = [rows[int(np.argmax(rows["length"][:]))] for rows in splits.values()]
     row = max(longest, key=lambda row: row["length"])
     if not set(row["input_ids"]) - set(tokenizer.all_special_ids):
-        raise UserError("the tokenizer knows no word of the longest text: are its files in the model's folder?")
+        why = "are its files in the model's folder?"
+        raise UserError(f"the tokenizer knows no word of the longest text: {why}")
     inputs = {name: row[name] for name in tokenizer.model_input_names if name in row}
     batch = tokenizer.pad([inputs, inputs], return_tensors="pt")
     model.train()
     hint = "Perhaps it does not take so many: try a shorter --max_length"
     keep_random_state = torch.random.fork_rng(devices=[])
-    with loading(f"{row['length']} tokens into the model", hint), torch.no_grad(), keep_random_state:
+    what = f"{row['length']} tokens into the model"
+    with loading(what, hint), torch.no_grad(), keep_random_state:
         first, second = model(**batch).logits, model(**batch).logits
     model.eval()
     if alpha > 0 and first.equal(second):
-        mend = "set it by --config_overrides, as hidden_dropout_prob=0.1 (its names are in the model's config.json)"
-        logger.warning(f"The model has no dropout: both passes are equal, R-Drop does nothing but cost: {mend}")
+        what = "The model has no dropout: both passes are equal, R-Drop does nothing but cost"
+        mend = "--config_overrides hidden_dropout_prob=0.1 (names as in its config.json)"
+        logger.warning(f"{what}. Set it, as by {mend}")
 
 
 # -----------------------------------------------------------------------------
@@ -716,10 +771,11 @@ def find_checkpoint(args: RDropArguments) -> Path | None:
         best = read_json(complete[-1] / "trainer_state.json")["best_model_checkpoint"]
         if args.load_best_model_at_end and best and not os.path.isdir(best):
             ways = "move it back there, or --load_best_model_at_end false"
-            raise UserError(f"the best checkpoint, {best}, is missing, and the run would end with another: {ways}")
+            what = f"the best checkpoint, {best}, is missing"
+            raise UserError(f"{what}, and the run would end with another: {ways}")
         if complete[-1].resolve().parent == output_dir.resolve():
             return complete[-1]
-    for pattern in ("checkpoint-*", "*.safetensors", "*.bin", "*.json"):
+    for pattern in ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "predictions.csv", REPORT):
         if any(output_dir.glob(pattern)):
             ways = "choose another --output_dir, or remove the folder"
             if complete_checkpoints(output_dir.glob("checkpoint-*"), args.world_size):
@@ -730,21 +786,27 @@ def find_checkpoint(args: RDropArguments) -> Path | None:
 
 def record_arguments(args: RDropArguments, checkpoint: Path | None):
     """Claim the output folder by `arguments.json`; on resuming, say which flags have changed since it was written."""
-    arguments = {**json.loads(args.to_json_string()), "world_size": args.world_size, "resume_from_checkpoint": None}
+    arguments = json.loads(args.to_json_string())
+    arguments |= {"world_size": args.world_size, "resume_from_checkpoint": None}
     path = Path(args.output_dir, "arguments.json")
     if checkpoint:
         before = read_json(checkpoint.resolve().with_name("arguments.json"))
-        changed = [name for name in arguments if before.get(name) != arguments[name]]
-        changes = [f"{name} {short.repr(before.get(name))} -> {short.repr(arguments[name])}" for name in changed]
-        what = ", ".join(changes) if before else "unknown, for its arguments.json is missing or damaged"
+        changes = []
+        for name, value in arguments.items():
+            if before.get(name) != value:
+                changes.append(f"{name} {show(before.get(name))} -> {show(value)}")
+        unknown = "unknown, for its arguments.json is missing or damaged"
+        what = ", ".join(changes) if before else unknown
         if what:
             logger.warning(f"Resuming {checkpoint} with other flags: {what}")
     with args.main_process_first(local=False):
         if args.process_index == 0 and not (checkpoint and path.exists()):
-            with loading(args.output_dir, "Has another run just begun there?", OSError), path.open("x") as file:
+            hint = "Has another run just begun there?"
+            with loading(args.output_dir, hint, OSError), path.open("x") as file:
                 json.dump(arguments, file, indent=2)
         if not path.exists():
-            raise UserError(f"--output_dir {args.output_dir} must be a folder that all machines share")
+            what = "must be a folder that all machines share"
+            raise UserError(f"--output_dir {args.output_dir} {what}")
 
 
 @contextmanager
@@ -755,20 +817,21 @@ def going_on(args: RDropArguments, checkpoint: Path | None):
     except (Exception, KeyboardInterrupt) as error:
         print(file=sys.stderr)  # ends the line of the progress bar
         if isinstance(error, torch.OutOfMemoryError):
-            error.add_note("Halve --per_device_train_batch_size and double --gradient_accumulation_steps (same batch),")
-            error.add_note("or add --activation_checkpointing.")
+            error.add_note("Halve --per_device_train_batch_size, double --gradient_accumulation_steps")
+            error.add_note("(the effective batch stays), or add --activation_checkpointing.")
         complete = complete_checkpoints(Path(args.output_dir).glob("checkpoint-*"), args.world_size)
         newest = [checkpoint, *complete][-1]
         if isinstance(error, FloatingPointError):
             error.add_note("Start anew with a lower --learning_rate: a resumed run keeps its own.")
         elif newest:
             which = "last" if complete else newest
-            error.add_note(f"To go on from {newest}, add --resume_from_checkpoint {which} to the same command.")
+            how = f"add --resume_from_checkpoint {which} to the same command"
+            error.add_note(f"To go on from {newest}, {how}.")
             if newest == checkpoint:
-                error.add_note("If this checkpoint cannot be read, remove it, and resume from the one before.")
+                error.add_note("If it cannot be read, remove it, and resume from the one before.")
         else:
             error.add_note("No checkpoint is complete: start anew.")
-        if not complete:
+        if not complete and args.process_index == 0:
             Path(args.output_dir, "arguments.json").unlink(missing_ok=True)
         raise
 
@@ -784,11 +847,14 @@ def say(message: str):
 
 def say_start(args: RDropArguments, trainer: RDropTrainer, checkpoint: Path | None):
     """Say what a run will do."""
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    device = args.device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name(args.device)
     config = trainer.model.config.to_dict()
     dropout = {key: p for key, p in config.items() if "drop" in key and isinstance(p, (int, float))}
     say(f"device {device}, mixed precision: {args.mixed_precision}")
-    say(f"alpha {args.rdrop_alpha}, smoothing {args.label_smoothing_factor}, dropout {short.repr(dropout)}")
+    smoothing = args.label_smoothing_factor
+    say(f"alpha {args.rdrop_alpha}, smoothing {smoothing}, dropout {show(dropout)}")
     rows, limit = trainer.train_dataset, trainer.processing_class.model_max_length
     say(f"train: {sum(rows['length'][:])} tokens; {sum(rows['cut'][:])} texts are cut to {limit}")
     *_, batch, _, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
@@ -796,41 +862,49 @@ def say_start(args: RDropArguments, trainer: RDropTrainer, checkpoint: Path | No
     say(f"effective batch {batch}, steps {begun} to {steps}")
 
 
-def write_report(args: RDropArguments, rows: Dataset, output, positive: int, figures: dict[str, float], about: str):
+def write_report(args: RDropArguments, rows: Dataset, output, positive: int, figures, about: str):
     """Show the final `figures` and what is behind them: the prediction of each row, each class, TensorBoard's tabs."""
     names = rows.features["labels"].names
     labels, predicted = output.label_ids, output.predictions.argmax(axis=-1)
     probabilities = torch.from_numpy(output.predictions).double().softmax(dim=-1).numpy()
-    columns = {"row": rows["row"][:], "label": np.take(names, labels), "predicted": np.take(names, predicted)}
+    columns = {"row": rows["row"][:], "label": np.take(names, labels)}
+    columns["predicted"] = np.take(names, predicted)
     columns |= {f"p_{name}": probabilities[:, i] for i, name in enumerate(names)}
     table = Dataset.from_dict(columns).to_pandas().sort_values("row")
     table.to_csv(Path(args.output_dir, "predictions.csv"), index=False)
-    shown = {"labels": range(len(names)), "target_names": [short.repr(name) for name in names]}
+    shown = {"labels": range(len(names)), "target_names": [show(name) for name in names]}
     by_class = classification_report(labels, predicted, digits=4, zero_division=0, **shown)
-    Path(args.output_dir, "classification_report.txt").write_text(by_class)
-    what = f"F1 and AUC of {short.repr(names[positive])}" if len(names) == 2 else "macro F1 and AUC"
-    print(f"{about}: {', '.join(f'{name} {value:.4f}' for name, value in figures.items())} ({what})")
-    print(by_class if len(names) <= 20 else "Each class: classification_report.txt")
+    Path(args.output_dir, REPORT).write_text(by_class, encoding="utf-8")
+    what = f"F1 and AUC of {show(names[positive])}" if len(names) == 2 else "macro F1 and AUC"
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    print(f"{about}: {shown} ({what})")
+    print(by_class if len(names) <= 20 else f"Each class: {REPORT}")
     if "tensorboard" in args.report_to:
-        # the HPARAMS tab shows the first five by their names
-        settings = {"alpha": args.rdrop_alpha, "smoothing": args.label_smoothing_factor, "seed": args.seed}
-        settings |= {"learning_rate": args.learning_rate, "epochs": args.num_train_epochs, "figures": about}
-        settings |= {"model": args.model_name_or_path, "data": args.train_file or args.dataset_name}
+        # the HPARAMS tab shows the first five in alphabetical order
+        settings = {"alpha": args.rdrop_alpha, "smoothing": args.label_smoothing_factor}
+        settings |= {"learning_rate": args.learning_rate, "epochs": args.num_train_epochs}
+        settings |= {"model": args.model_name_or_path, "seed": args.seed, "figures": about}
+        settings["data"] = args.train_file or args.dataset_name
+        final = {f"final/{name}": value for name, value in figures.items()}
         with SummaryWriter(os.environ["TENSORBOARD_LOGGING_DIR"]) as writer:
-            writer.add_hparams(settings, {f"final/{name}": value for name, value in figures.items()}, run_name=".")
+            writer.add_hparams(settings, final, run_name=".")
             writer.add_text("final", f"```\n{by_class}\n```")
             if probabilities.shape[-1] == 2:
                 writer.add_pr_curve("final", labels == positive, probabilities[:, positive])
 
 
 def finish(trainer: RDropTrainer, args: RDropArguments, splits: DatasetDict, positive: int, results: dict):
-    """Evaluate the best model and save it; all figures are added to `results`."""
+    """Save the best model and evaluate it; all figures are added to `results`."""
+    if not args.push_to_hub:  # which saves, too; and `save_model` would push
+        trainer.save_model()
+    args.train_sampling_strategy = "random"  # group_by_length would shuffle the rows of evaluations
     state = trainer.state
     kept = state.best_model_checkpoint
-    if args.load_best_model_at_end and kept and not any(Path(kept).glob("*model*")):  # Trainer would keep the last
+    if args.load_best_model_at_end and kept and not any(Path(kept).glob("*model*")):
         raise FileNotFoundError(f"the best checkpoint, {kept}, holds no model any more")
     step = args.load_best_model_at_end and state.best_global_step or state.global_step
-    epoch = next((entry["epoch"] for entry in state.log_history if entry["step"] == step), state.epoch)
+    epochs = [entry["epoch"] for entry in state.log_history if entry["step"] == step]
+    epoch = (epochs or [state.epoch])[0]
     what = "best" if args.load_best_model_at_end and kept else "last"
     say(f"\n{what}: epoch {epoch:g}, checkpoint-{step}, now in {args.output_dir}")
     chooser = "validation" if "validation" in splits else "test"
@@ -842,38 +916,43 @@ def finish(trainer: RDropTrainer, args: RDropArguments, splits: DatasetDict, pos
         metrics = {**output.metrics, "epoch": epoch}
         state.log_history.append({**metrics, "step": state.global_step})  # for the model card
         trainer.save_metrics(prefix, metrics, combined=False)
-        names = [name for name in ("accuracy", "f1", "auc", "loss") if f"{prefix}_{name}" in metrics]
+        names = [name for name in METRICS if f"{prefix}_{name}" in metrics]
         figures = {name: metrics[f"{prefix}_{name}"] for name in names}
         results |= {**metrics, "epoch": results["epoch"], "best_epoch": epoch}
         final = split
     trainer.save_metrics("all", results, combined=False)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        about = f"{final}, which also chose the checkpoint: optimistic" if final == chooser else final
+        about = final
+        if final == chooser:
+            about += ", which also chose the checkpoint: optimistic"
         write_report(args, splits[final], output, positive, figures, about)
-    if args.push_to_hub:  # saves the model first, and `save_model` would push, too
+    if args.push_to_hub:
         on_hub = None if args.train_file or os.path.isdir(args.dataset_name) else args.dataset_name
         trainer.push_to_hub(dataset=on_hub, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
-    else:
-        trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # a launcher ends all processes with the first that ends
+    trainer.accelerator.wait_for_everyone()  # a launcher ends all with the first that ends
     trainer.end()
-    text = '{"text": "...", "text_pair": "..."}' if args.text_pair_column else '"A film to remember."'
+    text = '"A film to remember."'
+    if args.text_pair_column:
+        text = '{"text": "...", "text_pair": "..."}'
     say(f"Model, figures, predictions: {args.output_dir}")
     if "tensorboard" in args.report_to:
         say(f"Curves: tensorboard --logdir {args.logging_dir}")
     say(f'Try it: pipeline("text-classification", {args.output_dir!r}, truncation=True)({text})')
 
 
-def build_trainer(args: RDropArguments, model, tokenizer, splits: DatasetDict, positive: int) -> RDropTrainer:
+def build_trainer(args: RDropArguments, model, tokenizer, splits: DatasetDict, positive: int):
     """The trainer, with curves in a folder of their own and evaluations on the split that chooses."""
     run_name = f"{Path(args.output_dir).resolve().name}_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(args.logging_dir, run_name)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # all is tokenized; else it warns where data loaders fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns at data loaders
     callbacks = []
     if args.early_stopping_patience > 0 and args.eval_strategy != "no":
-        callbacks = [EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)]
-    multiple_of = 8 if args.mixed_precision != "no" and tokenizer.model_max_length % 8 == 0 else None
+        patience, threshold = args.early_stopping_patience, args.early_stopping_threshold
+        callbacks = [EarlyStoppingCallback(patience, threshold)]
+    multiple_of = None
+    if args.mixed_precision != "no" and tokenizer.model_max_length % 8 == 0:
+        multiple_of = 8
     return RDropTrainer(
         model=model,
         args=args,
@@ -896,7 +975,7 @@ def main(argv=None) -> dict[str, float]:
     logger.disabled = not args.should_log  # of several processes, one speaks
     transformers.utils.logging.disable_progress_bar()  # of loading and writing weights
     transformers.utils.logging.set_verbosity_error()  # without reports of loading
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `loading` reports an unreachable Hub, once
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `loading` says it once
     checkpoint = find_checkpoint(args)
     for folder in (args.output_dir, args.logging_dir):
         with loading(folder, "It must be a folder, or not there", OSError):
@@ -910,7 +989,8 @@ def main(argv=None) -> dict[str, float]:
     positive = names.index(args.positive_label) if args.positive_label else 1
     chooser = splits.get("validation", splits.get("test"))
     if args.metric_for_best_model == "auc" and len(chooser.unique("labels")) < len(names):
-        raise UserError("--metric_for_best_model auc is undefined: no row of some class in the split that chooses")
+        why = "no row of some class in the split that chooses"
+        raise UserError(f"--metric_for_best_model auc is undefined: {why}")
     model = load_model(args, tokenizer, names)
     with args.main_process_first():
         splits = tokenize(splits, tokenizer)
@@ -921,7 +1001,7 @@ def main(argv=None) -> dict[str, float]:
 
     record_arguments(args, checkpoint)
     with going_on(args, checkpoint):
-        results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
         if checkpoint:
             results.pop("train_loss")  # of the steps since, of which there may be none
         results["epoch"] = trainer.state.epoch

@@ -131,7 +131,7 @@ MISTAKES = {  # flags, and what the line must say
     "--quoting all": "invalid choice: 'all' (choose from 'minimal', 'none')",
     "--lr_scheduler_type cosinus": "invalid choice: 'cosinus' (choose from 'linear', 'cosine'",
     "--eval_strategy sometimes": "invalid choice: 'sometimes' (choose from 'no', 'steps', 'epoch')",
-    "--metric_for_best_model recall": "--metric_for_best_model must be f1, accuracy, auc or loss",
+    "--metric_for_best_model recall": "--metric_for_best_model must be one of accuracy, f1, auc, loss",
     "--greater_is_better false": "--greater_is_better does not fit --metric_for_best_model",
     "--metric_for_best_model loss --greater_is_better true": "--greater_is_better does not fit",
     "--eval_strategy no": "--load_best_model_at_end requires the save and eval strategy to match",
