@@ -34,6 +34,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -445,11 +446,8 @@ def read_file(path: str, columns: dict[str, str], separator: str | None, quoting
             yield record, 1 + sum(str(value).count("\n") for value in record.values())
 
 
-def read_rows(source, where, columns, classes, separator, quoting, digests):
-    """Yield each record as texts, label (none, where a text is missing), row (counted from 0) and lines.
-
-    Other `digests` of the files' contents make `datasets` read them anew.
-    """
+def read_rows(source, where, columns, classes, separator, quoting):
+    """Yield each record as texts, label (none, where a text is missing), row (counted from 0) and lines."""
     feature, there = None, {}
     if isinstance(source, Dataset):
         feature = source.features[columns["label"]]
@@ -482,8 +480,9 @@ def load_rows(source, where: str, args: DataArguments, classes=None, separator=N
     columns = {"text": args.text_column, "text_pair": args.text_pair_column}
     columns |= {"label": args.label_column}
     columns = {ours: name for ours, name in columns.items() if name}
-    types = dict.fromkeys(columns, Value("string"))
-    types |= dict.fromkeys(["row", "lines"], Value("int64"))
+    # an object each: `datasets` hashes shared ones otherwise
+    types = {name: Value("string") for name in columns}
+    types |= {name: Value("int64") for name in ("row", "lines")}
     if isinstance(source, Dataset):
         check_columns(columns, source.column_names, where)
         source = source.select_columns(list(columns.values()))
@@ -491,11 +490,15 @@ def load_rows(source, where: str, args: DataArguments, classes=None, separator=N
             types["label"] = source.features[columns["label"]]
     if classes:
         types["label"] = ClassLabel(names=classes)
-    kwargs = {"source": source, "where": where, "columns": columns, "separator": separator}
-    # tuples, for lists would be taken as shards
-    kwargs |= {"classes": classes and tuple(classes), "quoting": args.quoting, "digests": digests}
+    options = [columns, classes, separator, args.quoting]
+    # the key of the cache: contents, not dates; of this script, too
+    key = json.dumps([*options, str(types), digests, digest(__file__)])
     with loading(where, FILE_HINT, FILE_ERRORS):
-        rows = Dataset.from_generator(read_rows, features=Features(types), gen_kwargs=kwargs)
+        rows = Dataset.from_generator(
+            partial(read_rows, source, where, *options),
+            features=Features(types),
+            fingerprint=hashlib.sha256(key.encode()).hexdigest(),
+        )
     lines = rows.with_format("numpy")["lines"][:]
     if lines.sum() > len(rows):
         counts = f"{lines.sum()} lines hold {len(rows)} rows"
@@ -560,7 +563,9 @@ def load_split(split: str, args: DataArguments, classes=None) -> Dataset | None:
     if types_are_guessed:
         paths = [str(Path(path)) for path in found]
         return load_files(paths, args, classes, getattr(builder.config, "sep", None))
-    return load_rows(found, f"split {there!r}", args, classes)
+    is_local = os.path.isdir(name)  # the Hub's paths hold the commit
+    digests = tuple(map(digest, files[there])) if is_local else tuple(files[there])
+    return load_rows(found, f"split {there!r}", args, classes, digests=digests)
 
 
 def class_names(rows: Dataset) -> list[str]:

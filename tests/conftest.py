@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -17,6 +18,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import tiny_imdb
+
+# A shell that starts pytest in the background has Ctrl-C ignored, by all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_rdrop.py"
