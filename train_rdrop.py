@@ -490,7 +490,7 @@ def load_rows(source, where: str, args: DataArguments, classes=None, separator=N
             types["label"] = source.features[columns["label"]]
     if classes:
         types["label"] = ClassLabel(names=classes)
-    options = [columns, classes, separator, args.quoting]
+    options = [columns, classes and tuple(classes), separator, args.quoting]
     # the key of the cache: contents, not dates; of this script, too
     key = json.dumps([*options, str(types), digests, digest(__file__)])
     with loading(where, FILE_HINT, FILE_ERRORS):

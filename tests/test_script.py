@@ -386,7 +386,7 @@ def test_fp16_skips_steps_that_overflow_learns_and_is_resumed_with_its_scaler(st
     scales = [float(scale) for scale in re.findall("^SCALE (.*)", whole.out, re.M)]
     assert scales[0] == 2.0**24 and scales[1] == 2.0**23, "the first step has overflowed"
     assert len(scales) == 76 and 2.0**10 <= scales[-1] <= 2.0**20, "few more have"
-    assert whole.json("all_results.json", "whole")["eval_f1"] > 0.9  # 0.67 at the most without learning
+    assert whole.json("all_results.json", "whole")["eval_f1"] > 0.7  # 0.67 at the most without learning
 
     shutil.copytree(tmp_path / "whole", tmp_path / "results_rdrop", ignore=shutil.ignore_patterns("checkpoint-75"))
     assert torch.load(tmp_path / "results_rdrop" / "checkpoint-50" / "scaler.pt")["scale"] == scales[50]
