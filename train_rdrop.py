@@ -527,7 +527,8 @@ def load_files(paths: list[str], args: DataArguments, classes=None, separator=No
         source, digests = tuple(paths), tuple(map(digest, paths))
         if kind[1] == "parquet":
             patterns = [glob.escape(path) for path in paths]
-            source = Dataset.from_parquet(patterns, config_name="-".join(digests)[:200])
+            all_of_them = hashlib.sha256("".join(digests).encode()).hexdigest()
+            source = Dataset.from_parquet(patterns, config_name=all_of_them)
     separator = separator or {"csv": ",", "tsv": "\t"}.get(kind[1])
     return load_rows(source, where, args, classes, separator, digests)
 
