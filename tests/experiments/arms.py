@@ -14,8 +14,8 @@ cost of both), two_pass (smoothing, alpha 1e-9: its KL shows how much the passes
 (smoothing and that alpha). No arm stops early; the best epoch is chosen as the flags say.
 
 A setting names a folder or file by its name and a hash of what it holds, so that another model in a folder of the same
-name is another setting; a Hub id is kept as it is. Older lines have no hash: they are a setting of their own, which
---show prints, and no new run is pooled with them.
+name is another setting; a Hub id is kept as it is. Where flags say {seed}, as in --train_file noisy/train_{seed}.csv,
+a run reads the file of its seed, and the hash is that of their folder.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_rdrop.py"
 ARMS = {
@@ -52,9 +52,10 @@ PAIRS = [("both", "ce"), ("both", "smooth"), ("both", "smooth_twice"), ("both", 
 PAIRS += [("rdrop", "ce"), ("rdrop", "smooth"), ("smooth", "ce"), ("two_pass", "smooth"), ("smooth_twice", "smooth")]
 SHARES = ["accuracy", "f1", "auc"]  # shown in percent
 FIGURES = [*SHARES, "eval_loss", "train_nll", "test_nll", "gap"]  # nats; the gap is test_nll - train_nll
-COMPARED = [name for name in FIGURES if name != "train_nll"]  # less of it is neither better nor worse
-COLUMNS = ["arm", "seed", "flags", *FIGURES[:-1], "best_epoch", "kl", "train_seconds", "cpu_seconds", "machine"]
-NUMBERS = [*FIGURES[:-1], "best_epoch", "train_seconds", "cpu_seconds"]
+CALIBRATION = ["ece", "brier", "scaled_nll"]  # shown where each run of a setting has them
+TIMES = ["train_seconds", "cpu_seconds"]
+COLUMNS = ["arm", "seed", "flags", *FIGURES[:-1], "best_epoch", "kl", *TIMES, "machine", *CALIBRATION, "temperature"]
+NUMBERS = [*FIGURES[:-1], "best_epoch", *TIMES, *CALIBRATION]
 NOTES = """
 Shares in percent, losses in nats; gap: test_nll - train_nll; times: medians; CPU time: mean ratio of a seed's two runs.
 ±: standard deviation of arms, half of the 95 % interval (t) of differences. Brackets: seeds in favour of the first.
@@ -90,7 +91,8 @@ def name_of(flags):
     for i, (flag, value) in enumerate(zip(words, words[1:], strict=False), 1):
         if re.fullmatch("--(model.name.or.path|dataset.name|(train|validation|test).file)", flag):
             path = Path(value).resolve()
-            words[i] = f"{path.name}@{contents(path)}" if path.exists() else value
+            held = path.parent if "{seed}" in path.name else path
+            words[i] = f"{path.name}@{contents(held)}" if held.exists() else value
     return " ".join(words)
 
 
@@ -111,7 +113,8 @@ def call(command, log, device=None):
 
 def run_flags(arm, seed, flags, epochs, folder):
     """All flags of train_rdrop.py for the run of `arm` with `seed`, which writes into `folder`."""
-    argv = [*flags, *arm_flags(arm, epochs), "--seed", str(seed), "--early_stopping_patience", "0"]
+    argv = [flag.replace("{seed}", str(seed)) for flag in flags]
+    argv += [*arm_flags(arm, epochs), "--seed", str(seed), "--early_stopping_patience", "0"]
     argv += ["--output_dir", f"{folder}/results", "--logging_dir", str(folder), "--report_to", "none"]
     return [*argv, "--logging_strategy", "epoch", "--save_total_limit", "1", "--disable_tqdm", "true"]
 
@@ -129,22 +132,45 @@ def train_once(arm, seed, flags, setting, epochs, devices):
             said, _ = call([__file__, "--measure", *argv, "--model_name_or_path", output_dir], log, device)
     finally:
         devices.put(device)
-    steps = state["max_steps"] / state["num_train_epochs"]
     prefix = "test" if "test_f1" in results else "eval"
     line = {"arm": arm, "seed": seed, "flags": setting}
     line |= {name: results[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc")}
     line["eval_loss"] = results[f"{prefix}_loss"]
     line |= json.loads(said.splitlines()[-1])
-    line["best_epoch"] = round(state["best_global_step"] / steps)
+    line["best_epoch"] = round(results["best_epoch"])
     line["kl"] = " ".join(f"{entry['kl']:.3g}" for entry in state["log_history"] if "kl" in entry)
     line["train_seconds"] = results["train_runtime"]
     line["cpu_seconds"] = round(seconds, 1)
     return line
 
 
+def nll(logits, labels, temperature=1.0):
+    """Mean negative log-likelihood, in nats, of `labels` (n) by `logits` (n, classes) over a temperature."""
+    log_p = special.log_softmax(logits / temperature, axis=-1)
+    return -np.mean(log_p[np.arange(len(labels)), labels])
+
+
+def fitted_temperature(logits, labels):
+    """The temperature of least NLL (Guo et al., 2017, arXiv 1706.04599), between 1/20 and 20."""
+    bounds = np.log([1 / 20, 20])
+    found = optimize.minimize_scalar(lambda t: nll(logits, labels, np.exp(t)), bounds=bounds, method="bounded")
+    return float(np.exp(found.x))
+
+
+def calibration_error(p, labels, bins=15):
+    """Expected calibration error of probabilities (n, classes): bins of equal mass by the confidence in the answer."""
+    by_confidence = np.argsort(p.max(axis=-1), kind="stable")
+    right = (p.argmax(axis=-1) == labels).astype(float)
+    gaps = [abs(np.sum(right[rows] - p[rows].max(axis=-1))) for rows in np.array_split(by_confidence, bins)]
+    return float(np.sum(gaps) / len(labels))
+
+
 def measure(argv):
-    """Print the mean unsmoothed negative log-likelihood, dropout off, of a run's training and test examples."""
-    import torch
+    """Print what a run's own figures leave out, without smoothing and dropout: NLL of train and test, calibration.
+
+    Those of test come from `predictions.csv`; the temperature is fitted on the validation part, if there is one.
+    """
+    from sklearn.metrics import brier_score_loss
     from transformers import DataCollatorWithPadding, Trainer
 
     from train_rdrop import load_model, load_splits, load_tokenizer, parse_args, tokenize
@@ -152,15 +178,21 @@ def measure(argv):
     args = parse_args(argv)
     tokenizer = load_tokenizer(args)
     splits = load_splits(args, args.seed)
-    model = load_model(args, tokenizer, splits["train"].features["labels"].names)
+    names = splits["train"].features["labels"].names
     data = tokenize(splits, tokenizer)
-    trainer = Trainer(model, args, DataCollatorWithPadding(tokenizer), eval_dataset=data["train"])
-    line = {}
-    for name, split in (("train_nll", data["train"]), ("test_nll", data.get("test", data.get("validation")))):
-        output = trainer.predict(split)
-        logits, labels = torch.from_numpy(output.predictions).double(), torch.from_numpy(output.label_ids)
-        line[name] = torch.nn.functional.cross_entropy(logits, labels).item()
-    print(json.dumps(line | {"machine": machine()}))
+    trainer = Trainer(load_model(args, tokenizer, names), args, DataCollatorWithPadding(tokenizer))
+    logits, labels, _ = trainer.predict(data["train"])
+    line = {"train_nll": nll(logits.astype(float), labels)}
+    with open(Path(args.output_dir, "predictions.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    p = np.array([[float(row[f"p_{name}"]) for name in names] for row in rows])
+    labels = np.array([names.index(row["label"]) for row in rows])
+    line |= {"test_nll": nll(np.log(p), labels), "machine": machine(), "ece": calibration_error(p, labels)}
+    line["brier"] = brier_score_loss(labels, p, labels=range(len(names)))
+    if "validation" in data and "test" in data:
+        temperature = fitted_temperature(*trainer.predict(data["validation"])[:2])
+        line |= {"scaled_nll": nll(np.log(p), labels, temperature), "temperature": temperature}
+    print(json.dumps(line))
 
 
 def machine():
@@ -180,7 +212,7 @@ def read(file):
     if file.exists():
         with open(file, newline="") as lines:
             for line in csv.DictReader(lines):
-                figures = {name: float(line[name]) for name in NUMBERS}
+                figures = {name: float(line[name] or math.nan) for name in NUMBERS}
                 gap = figures["test_nll"] - figures["train_nll"]
                 runs = found.setdefault(line["flags"], {})
                 runs[line["arm"], int(line["seed"])] = {**line, **figures, "gap": gap}
@@ -266,20 +298,27 @@ def cell(mean, width, name, sign=""):
     return f"{scale * mean:{sign}.{digits}f}{spread}"
 
 
+def figures_of(found):
+    """The figures that each run in `found` has: older ones lack those of calibration."""
+    return [*FIGURES, *(name for name in CALIBRATION if not any(math.isnan(run[name]) for run in found.values()))]
+
+
 def print_arms(found, arms, seeds):
     """Print the table of means and standard deviations."""
-    print(f"| arm | seeds | {' | '.join(FIGURES)} | train s | CPU s |\n|---|---|{'---|' * (len(FIGURES) + 2)}")
+    figures = figures_of(found)
+    print(f"| arm | seeds | {' | '.join(figures)} | train s | CPU s |\n|---|---|{'---|' * (len(figures) + 2)}")
     for arm in arms:
         runs = [found[arm, seed] for seed in seeds if (arm, seed) in found]
         if runs:
-            cells = [cell(*mean_and_std([run[name] for run in runs]), name) for name in FIGURES]
+            cells = [cell(*mean_and_std([run[name] for run in runs]), name) for name in figures]
             times = [f"{statistics.median(run[f'{name}_seconds'] for run in runs):.0f}" for name in ("train", "cpu")]
             print(f"| {arm} | {len(runs)} | {' | '.join([*cells, *times])} |")
 
 
 def print_differences(found, arms, seeds):
     """Print the table of paired differences, and how many of its intervals leave out zero."""
-    columns = [*COMPARED, "CPU time", "needed"]
+    compared = [name for name in figures_of(found) if name != "train_nll"]  # less is neither better nor worse
+    columns = [*compared, "CPU time", "needed"]
     print(f"\n| difference | seeds | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     intervals, same_epoch = {}, []
     for one, two in PAIRS + [(arm, "smooth") for arm in arms if arm.startswith("alpha=")]:
@@ -288,7 +327,7 @@ def print_differences(found, arms, seeds):
             continue
         smoothing = arm_flags(one, 1)[3], arm_flags(two, 1)[3]
         cells = []
-        for name in COMPARED:
+        for name in compared:
             if name == "eval_loss" and smoothing != ("0.1", "0.1"):  # another loss, or test_nll once more
                 cells.append("-")
                 continue
