@@ -51,6 +51,7 @@ def start_here(argv, folder, env, log, prelude="", script=SCRIPT):
 
     `prelude`, e.g. "kill.py SIGTERM step 7", is run first: a file of tests/preludes/ and its arguments.
     """
+    multiprocessing.set_start_method("fork", force=True)  # Linux's own again, for the workers of data loaders
     os.chdir(folder)
     os.environ.update(env)
     for stream, name in ((1, "out"), (2, "err")):
