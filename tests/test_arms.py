@@ -5,11 +5,15 @@ import subprocess
 import sys
 
 import arms
+import noisy
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_imdb
 from conftest import ROOT, Run
-from scipy import stats
+from datasets import DatasetDict
+from scipy import special, stats
+from sklearn.metrics import log_loss
 from transformers import RobertaModel
 
 import train_rdrop
@@ -181,6 +185,56 @@ def test_interval_and_power_are_those_of_scipy():
     power = (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean()
     assert 0.77 < power < 0.85, "some 80 % of the experiments of that size see it"
     assert arms.needed(differences).startswith(f"{n} (")
+
+
+def test_calibration_is_that_of_scikit_learn_and_of_a_count_by_hand():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (3000, 3))
+    labels = np.array([rng.choice(3, p=p) for p in special.softmax(logits, axis=-1)])
+    assert arms.nll(logits, labels) == pytest.approx(log_loss(labels, special.softmax(logits, axis=-1)))
+    assert arms.fitted_temperature(logits, labels) == pytest.approx(1, abs=0.06), "labels were drawn from them"
+    assert arms.fitted_temperature(4 * logits, labels) == pytest.approx(4, abs=0.24)
+    p = special.softmax(4 * logits, axis=-1)
+    assert arms.calibration_error(special.softmax(logits, axis=-1), labels) < 0.03 < arms.calibration_error(p, labels)
+
+    # two bins by hand: confidences 0.6, 0.7 | 0.8, 0.9; right: no, yes | yes, no
+    p = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
+    labels = np.array([1, 1, 1, 1])
+    by_hand = 0.5 * abs(1 / 2 - 0.65) + 0.5 * abs(1 / 2 - 0.85)
+    assert arms.calibration_error(p, labels, bins=2) == pytest.approx(by_hand)
+
+
+def test_noisy_files_of_each_seed_and_their_calibration(compare, tmp_path, capsys):
+    imdb = DatasetDict({"train": tiny_imdb.make_reviews(80, seed=5), "test": tiny_imdb.make_reviews(60, seed=6)})
+    folder = tmp_path / "noisy"
+    folder.mkdir()
+    truth = {(split, row["text"]): ("neg", "pos")[row["label"]] for split, rows in imdb.items() for row in rows}
+    for seed in (1, 2):
+        noisy.write(folder, imdb, seed, train=40, noisy=8, validation=30, test=50)
+    drawn = {}
+    for split, seed in [(split, seed) for split in ("train", "validation", "test") for seed in (1, 2)]:
+        rows = drawn[split, seed] = pd.read_csv(folder / f"{split}_{seed}.csv")
+        source = "test" if split == "test" else "train"
+        wrong = sum(truth[source, row.text] != row.label for row in rows.itertuples())
+        assert (len(rows), wrong) == {"train": (40, 8), "validation": (30, 0), "test": (50, 0)}[split]
+    assert not set(drawn["train", 1]["text"]) & set(drawn["validation", 1]["text"])
+    assert not drawn["train", 1].equals(drawn["train", 2]) and not drawn["test", 1].equals(drawn["test", 2])
+
+    compare.interrupted_after = 9
+    files = [f"--{split}_file={folder}/{split}_{{seed}}.csv" for split in ("train", "validation", "test")]
+    last = ("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
+    compare("--arms", "smooth", "both", "--seeds", "1", "2", "--num_train_epochs", "2", *files, *last)
+    for seed, flags in zip("1122", compare.starts, strict=True):
+        assert f"--train_file={folder}/train_{seed}.csv" in flags
+    ((setting, found),) = arms.read(tmp_path / "arms.csv").items()
+    assert f"--train_file train_{{seed}}.csv@{arms.contents(folder)} " in setting
+    for run in found.values():
+        assert run["best_epoch"] == 2 and 0 <= run["ece"] <= 1 and 0 < run["brier"] < 1
+        assert run["scaled_nll"] != run["test_nll"] and float(run["temperature"]) > 0
+    tables = capsys.readouterr().out
+    assert "| ece | brier | scaled_nll |" in tables
+    brier = [found["both", seed]["brier"] for seed in (1, 2)]
+    assert f"| {np.mean(brier):.3f} ± {np.std(brier, ddof=1):.3f} |" in tables
 
 
 def test_flags_of_each_arm():

@@ -180,7 +180,8 @@ def measure(argv):
     splits = load_splits(args, args.seed)
     names = splits["train"].features["labels"].names
     data = tokenize(splits, tokenizer)
-    trainer = Trainer(load_model(args, tokenizer, names), args, DataCollatorWithPadding(tokenizer))
+    model = load_model(args, tokenizer, names)
+    trainer = Trainer(model, args, DataCollatorWithPadding(tokenizer), eval_dataset=data["train"])
     logits, labels, _ = trainer.predict(data["train"])
     line = {"train_nll": nll(logits.astype(float), labels)}
     with open(Path(args.output_dir, "predictions.csv"), newline="") as file:
