@@ -159,36 +159,25 @@ def test_no_buffers_are_broadcast_between_the_passes(start_two):
     assert all("find_unused_parameters': True" not in run.out for run in runs)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def launched(tiny, tmp_path_factory):
-    """Real launchers, in the background while the other tests run: {"torchrun" (bad data), "accelerate"}."""
-    flags = ("--model_name_or_path", tiny / "model", "--use_cpu", *DDP, "--max_steps", "2", "--dataset_name")
-    bad = tmp_path_factory.mktemp("bad")
+def launch(launcher, flags, folder):
+    """The script, started by a launcher as users start it, on two processes: the ended process."""
+    command = [sys.executable, "-m", *launcher, SCRIPT, *flags, "--use_cpu", *DDP, "--max_steps", "2"]
+    return subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True)
+
+
+def test_torchrun_ends_all_processes_with_one_line_on_bad_data(tiny, tmp_path):
     for name in ("train.csv", "test.csv"):
-        (bad / name).write_text("text,label\na film,0\nanother film,0\n")
-    one_machine = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+        (tmp_path / name).write_text("text,label\na film,0\nanother film,0\n")
     torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    accelerate = ("accelerate.commands.launch", "--main_process_port", free_port(), *one_machine)
-    accelerate += ("--mixed_precision", "no", "--dynamo_backend", "no")
-    commands = {
-        "torchrun": [*torchrun, SCRIPT, *flags, bad, "--output_dir", "bad"],
-        "accelerate": [*accelerate, SCRIPT, *flags, tiny / "data", "--output_dir", "good"],
-    }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    pipes["cwd"] = tmp_path_factory.mktemp("launched")
-    started = {name: subprocess.Popen([sys.executable, "-m", *map(str, c)], **pipes) for name, c in commands.items()}
-    yield started
-    for run in started.values():
-        run.kill()
+    run = launch(torchrun, ("--model_name_or_path", tiny / "model", "--dataset_name", tmp_path), tmp_path)
+    assert run.returncode != 0 and run.stderr.count("train_rdrop.py: ") == 1, run.stderr
+    assert "split 'train' has one label only, ['0']: there is nothing to learn" in run.stderr
+    assert "exitcode: 2" in run.stderr or "exitcode  : 2" in run.stderr, run.stderr
 
 
-def test_bad_data_ends_all_processes_with_one_line(launched):
-    _, err = launched["torchrun"].communicate()
-    assert launched["torchrun"].returncode != 0 and err.count("train_rdrop.py: ") == 1, err
-    assert "split 'train' has one label only, ['0']: there is nothing to learn" in err, err
-    assert "exitcode: 2" in err or "exitcode  : 2" in err, err
-
-
-def test_accelerate_launch(launched):
-    out, err = launched["accelerate"].communicate()
-    assert launched["accelerate"].returncode == 0 and out.count("now in good") == 1, err
+def test_accelerate_launch(tiny, tmp_path):
+    accelerate = ("accelerate.commands.launch", "--main_process_port", free_port(), "--multi_gpu")
+    accelerate += ("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    flags = ("--model_name_or_path", tiny / "model", "--dataset_name", tiny / "data", "--output_dir", "good")
+    run = launch(accelerate, flags, tmp_path)
+    assert run.returncode == 0 and run.stdout.count("now in good") == 1, run.stderr
