@@ -47,25 +47,14 @@ import transformers
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from sklearn.metrics import accuracy_score, classification_report, f1_score, roc_auc_score
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments
 
 logger = logging.getLogger("train_rdrop")
 short = reprlib.Repr()
 short.maxstring, short.maxother, short.maxlist, short.maxdict = 60, 60, 20, 20
 show = short.repr  # users' values: quoted, cut, and without terminal escapes
-
-
 METRICS = ("accuracy", "f1", "auc", "loss")  # of each evaluation; the best model has the best of one
 REPORT = "classification_report.txt"
 
@@ -141,12 +130,12 @@ RECIPE = {  # defaults that replace those of TrainingArguments; --help explains 
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "load_best_model_at_end": True,
-    "metric_for_best_model": "f1",
     "restore_callback_states_from_checkpoint": True,  # resume with the patience left
     # output
     "output_dir": "./results_rdrop",
     "logging_steps": 50,
     "logging_nan_inf_filter": False,  # a loss that is not finite is shown
+    "report_to": ["tensorboard"],
     "hub_strategy": "end",
 }
 
@@ -154,7 +143,8 @@ RECIPE = {  # defaults that replace those of TrainingArguments; --help explains 
 @dataclass
 class TrainingFlags(TrainingArguments):
     _argument_group_name = "training: all flags of TrainingArguments, the recipe as defaults"
-    report_to: list[str] | None = flag(None, "Where curves go, or none. Default: tensorboard")
+    report_to: list[str] = flag("none", "Where curves go, or none")
+    metric_for_best_model: Literal[METRICS] = flag("f1", "Chooses the model")
 
 
 @dataclass
@@ -163,72 +153,61 @@ class RDropArguments(TrainingFlags, MethodArguments, DataArguments, ModelArgumen
 
     def __post_init__(self):
         on_cuda = torch.cuda.is_available() and not self.use_cpu
-        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":  # of `accelerate launch`
-            self.bf16 = True
-        if self.bf16 or not on_cuda:
-            self.fp16 = False
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # torch would warn in every epoch
+        launched_as = os.environ.get("ACCELERATE_MIXED_PRECISION")  # by `accelerate launch`
+        self.fp16 = self.fp16 and on_cuda and not self.bf16 and launched_as != "bf16"
+        # else torch warns in every epoch
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if on_cuda else 0
-        if self.report_to is None:
-            self.report_to = ["tensorboard"]
         super().__post_init__()
         RDropLoss(self.rdrop_alpha, self.label_smoothing_factor)  # checks the range of both
         sizes = ["per_device_train_batch_size", "per_device_eval_batch_size", "length_buckets"]
-        sizes += ["gradient_accumulation_steps", "num_train_epochs"]
-        sizes += ["max_length", "max_train_samples", "max_eval_samples"]
-        for name in [*sizes, "eval_accumulation_steps"]:
+        sizes += ["gradient_accumulation_steps", "num_train_epochs", "eval_accumulation_steps"]
+        for name in [*sizes, "max_length", "max_train_samples", "max_eval_samples"]:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} must be more than 0, not {value}")
         if min(self.seed, self.dataloader_num_workers) < 0:
             raise ValueError("--seed and --dataloader_num_workers must be at least 0")
-        if self.metric_for_best_model not in (*METRICS, None):
-            raise ValueError(f"--metric_for_best_model must be one of {', '.join(METRICS)}")
-        if self.greater_is_better == (self.metric_for_best_model == "loss"):
-            raise ValueError("--greater_is_better does not fit --metric_for_best_model")
         if len({self.text_column, self.label_column, self.text_pair_column}) < 3:
             raise ValueError("--text_column, --label_column and --text_pair_column must differ")
         if self.validation_split == self.test_split != "none":
             raise ValueError("--validation_split and --test_split must differ")
         if (self.validation_file or self.test_file) and not self.train_file:
             raise ValueError("--validation_file and --test_file need a --train_file")
-        saves_by_steps = self.load_best_model_at_end and self.save_strategy == "steps"
-        if saves_by_steps and self.save_steps != self.eval_steps:
+        keeps_best = self.load_best_model_at_end and self.save_strategy == "steps"
+        if keeps_best and self.save_steps != self.eval_steps:
             raise ValueError("--save_steps must equal --eval_steps, to save the best model")
 
 
-# A run trains and evaluates, and its metrics need all labels and logits: these flags cannot be had
+# A run trains and evaluates, and its metrics need all labels and logits: these flags stay as they are
 FIXED = ["do_train", "do_eval", "do_predict", "prediction_loss_only", "eval_do_concat_batches"]
-FIXED += ["batch_eval_metrics", "label_names", "debug", "remove_unused_columns", "dataloader_drop_last"]
+FIXED += ["batch_eval_metrics", "label_names", "debug", "remove_unused_columns"]
+FIXED += ["dataloader_drop_last", "greater_is_better"]
 RENAMED = {
-    "--warmup_ratio": "--warmup_steps (below 1: a share)",
-    "--evaluation_strategy": "--eval_strategy",
-    "--group_by_length": "--train_sampling_strategy group_by_length",
-    "--no_cuda": "--use_cpu",
+    "--warmup_ratio": " is now --warmup_steps (below 1: a share)",
+    "--evaluation_strategy": " is now --eval_strategy",
+    "--group_by_length": " is now --train_sampling_strategy group_by_length",
+    "--no_cuda": " is now --use_cpu",
 }
 
 
 def parse_args(argv=None) -> RDropArguments:
     """Read the command line (or `argv`, strings); a mistake in it ends the process with status 2, as argparse does."""
     groups = [ModelArguments, DataArguments, MethodArguments, TrainingFlags]
-    about = {"usage": "%(prog)s [--flag value ...]   (--help lists all flags)"}
-    about |= {"description": __doc__.splitlines()[0]}
-    parser = HfArgumentParser(groups, allow_abbrev=False, **about)
-    parser.set_defaults(**RECIPE, **dict.fromkeys(FIXED))
+    parser = HfArgumentParser(groups, allow_abbrev=False, usage="%(prog)s [--help] [--flag value ...]")
+    parser.set_defaults(**RECIPE, do_train=True)
     values, unknown = parser.parse_known_args(argv)
     if unknown:  # without their values, which may be tokens
         names = [word.split("=")[0] for word in unknown if word.startswith("-")]
-        now = [f"{name} is now {RENAMED[name]}" for name in names if name in RENAMED]
-        parser.error(". ".join([f"unknown arguments: {', '.join(names) or 'a stray word'}", *now]))
+        names = [name + RENAMED.get(name, "") for name in names]
+        parser.error(f"unknown arguments: {', '.join(names) or 'a stray word'}")
     for name in FIXED:
-        allowed = name == "do_train" or getattr(TrainingArguments, name, None)
-        if vars(values).pop(name) not in (None, allowed):
+        if getattr(values, name) != parser.get_default(name):
             parser.error(f"--{name} cannot be had: a run trains, and evaluates all rows")
     try:
         args = RDropArguments(**vars(values))
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+    except Exception as error:
         parser.error(str(error))
     if args.hub_token:  # else Trainer would save it in every training_args.bin, and push it
         os.environ["HF_TOKEN"] = args.hub_token
@@ -240,7 +219,7 @@ def parse_args(argv=None) -> RDropArguments:
 # R-Drop
 
 
-class RDropLoss(nn.Module):
+class RDropLoss(torch.nn.Module):
     """R-Drop with label smoothing: 1/2 (CE1 + CE2) + alpha * 1/2 (KL(p2 || p1) + KL(p1 || p2)).
 
     Logits are (batch, classes), labels integers (batch). The loss is a float32 scalar in nats, a mean over the batch;
@@ -253,8 +232,7 @@ class RDropLoss(nn.Module):
         if not 0 <= alpha < math.inf:
             raise ValueError(f"alpha (--rdrop_alpha) must be finite and at least 0, not {alpha}")
         if not 0 <= label_smoothing < 1:
-            what = "label_smoothing (--label_smoothing_factor)"
-            raise ValueError(f"{what} must be in [0, 1), not {label_smoothing}")
+            raise ValueError(f"smoothing (--label_smoothing_factor) must be in [0, 1), not {label_smoothing}")
         self.alpha = alpha
         self.label_smoothing = label_smoothing
 
@@ -319,7 +297,8 @@ class RDropTrainer(Trainer):
             # dropout draws other masks
             logits2 = torch.cat([model(**part).logits for part in parts])[back]
 
-        ce, kl = self.rdrop_loss.terms(logits1, logits2, labels)  # as RDropLoss.forward, but logged
+        # as RDropLoss.forward, but logged
+        ce, kl = self.rdrop_loss.terms(logits1, logits2, labels)
         loss = ce + self.rdrop_loss.alpha * kl
         if model.training:
             terms = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
@@ -336,8 +315,7 @@ class RDropTrainer(Trainer):
             ce, kl, steps = self.accelerator.reduce(self.sums).tolist()
             self.sums.zero_()
             if not math.isfinite(ce + kl):
-                step = self.state.global_step
-                raise FloatingPointError(f"the loss is not finite (seen at step {step})")
+                raise FloatingPointError(f"the loss is not finite (step {self.state.global_step})")
         if "loss" in logs:
             logs["ce"] = ce / steps
             if self.rdrop_loss.alpha > 0:
