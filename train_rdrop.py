@@ -23,6 +23,7 @@ import csv
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -30,12 +31,9 @@ import os
 import re
 import reprlib
 import sys
-import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -355,7 +353,7 @@ def compute_metrics(eval_pred, positive: int = 1) -> dict[str, float]:
 
 
 @contextmanager
-def loading(what: str, hint: str = "", errors=Exception):
+def loading(what: str, hint: str = ""):
     """Turn the many kinds of errors of files, libraries and the Hub into one line: what was loaded, why not, a hint."""
     try:
         yield
@@ -363,45 +361,25 @@ def loading(what: str, hint: str = "", errors=Exception):
         cause = error.__cause__ or error  # datasets wraps errors into its own
         if isinstance(cause, UserError):
             raise cause from None
-        if not isinstance(error, errors) and not isinstance(cause, errors):
-            raise
         raise UserError(f"cannot load {what} ({type(cause).__name__}: {cause}). {hint}") from None
 
 
-def hint_for(flag: str, name: str) -> str:
-    if os.path.isdir(name):
-        return f"Is the folder of {flag} complete?"
-    ways = f"{flag} takes a local folder or a Hub id, owner/name"
-    mirror = f"HF_ENDPOINT, now {os.environ.get('HF_ENDPOINT')}, names a mirror"
-    return f"{ways} ({mirror}). Without a Hub: tests/tiny_imdb.py"
+HUB_HINT = f"Give a complete local folder or a Hub's owner/name (HF_ENDPOINT={os.environ.get('HF_ENDPOINT')})"
+FILE_HINT = "Files are UTF-8: csv with commas, tsv with tabs, both with a header line, json with records"
+FILE_HINT += " (--text_column, --label_column). Plain quotes: --quoting none"
+KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def label_name(value, feature=None) -> str | None:
-    """The class that a label in a column of type `feature` stands for; None: there is no label."""
-    if value is None or value != value:  # NaN
-        return None
-    if isinstance(feature, ClassLabel):
-        return feature.int2str(value) if value >= 0 else None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas makes floats of integers where a field is empty
-    if not isinstance(value, (str, int)):
-        what = f"labels are integers or strings, one class a text, not {show(value)}"
-        raise UserError(f"{what}: --label_column")
-    return str(value).strip() or None
-
-
-def check_columns(columns: dict[str, str], there: list[str], where: str):
+def check_columns(columns, there):
     if not there:
-        raise UserError(f"{where} holds no rows")
+        raise ValueError("it holds no rows")
     for name in columns.values():
         if there.count(name) != 1:
             count = "two columns" if name in there else "no column"
-            flags = "Use --text_column and --label_column"
-            hint = f"{flags}. Is there no header line, or another separator?"
-            raise UserError(f"{where} has {count} {show(name)}, only {show(there)}. {hint}")
+            raise ValueError(f"{count} {show(name)}, only {show(there)}")
 
 
-def read_file(path: str, columns: dict[str, str], separator: str | None, quoting: str):
+def read_file(path, columns, separator, quoting):
     """Yield the records of a csv file (with a `separator`) or a json file as it spells them, and the lines of each."""
     open_file = gzip.open if path.lower().endswith(".gz") else open
     with open_file(path, "rt", newline="", encoding="utf-8-sig") as file:
@@ -414,7 +392,7 @@ def read_file(path: str, columns: dict[str, str], separator: str | None, quoting
         csv.field_size_limit(2**31 - 1)  # characters of a text; the default is 2 ** 17
         quotes = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
         reader = csv.DictReader(file, delimiter=separator, quoting=quotes, strict=True)
-        check_columns(columns, list(reader.fieldnames or []), path)
+        check_columns(columns, list(reader.fieldnames or []))
         for record in reader:
             if None in record or None in record.values():
                 raise csv.Error(f"line {reader.line_num} has more or fewer fields than the header")
@@ -424,70 +402,35 @@ def read_file(path: str, columns: dict[str, str], separator: str | None, quoting
             yield record, 1 + sum(str(value).count("\n") for value in record.values())
 
 
-def read_rows(source, where, columns, classes, separator, quoting):
-    """Yield each record as texts, label (none, where a text is missing), row (counted from 0) and lines."""
-    feature, there = None, {}
-    if isinstance(source, Dataset):
-        feature = source.features[columns["label"]]
-        records = ((record, 1) for record in source)
-    else:
-        files = (read_file(path, columns, separator, quoting) for path in source)
-        records = chain.from_iterable(files)
+def label_name(value, feature) -> str | None:
+    """The class that a label in a column of type `feature` stands for; None: there is no label."""
+    if value is None or value != value:  # NaN
+        return None
+    if isinstance(feature, ClassLabel):
+        return feature.int2str(value) if value >= 0 else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes floats of integers where a field is empty
+    if not isinstance(value, (str, int)):
+        raise ValueError(f"labels are integers or strings, one a text, not {show(value)}")
+    return str(value).strip() or None
+
+
+def read_rows(records, columns, feature):
+    """Yield each record's texts, label (none, where a text is missing), row (counted from 0) and lines."""
+    there = {}
     for number, (record, lines) in enumerate(records):
-        if not isinstance(record, dict) or isinstance(record.get(columns["text"]), dict):
-            layout = "in pandas, to_json(path, orient='records', lines=True)"
-            raise UserError(f"{where} holds no records: {layout}")
+        if not isinstance(record, dict):
+            raise ValueError(f"row {number} is no record")
         there |= dict.fromkeys(record)
         row = {ours: record.get(name) for ours, name in columns.items()}
         label = label_name(row.pop("label"), feature)
         for text in row.values():
             if not isinstance(text, (str, type(None))):
-                what = f"row {number} holds {show(text)}, not text"
-                raise UserError(f"{where}: {what}: --text_column")
+                raise ValueError(f"row {number} holds {show(text)}, not text")
             if not text or not text.strip():
                 label = None
-        if classes and label and label not in classes:
-            what = f"row {number} has label {show(label)}"
-            raise UserError(f"{where}: {what}, train only {show(classes)}")
         yield {**row, "label": label, "row": number, "lines": lines}
-    check_columns(columns, list(there), where)
-
-
-def load_rows(source, where: str, args: DataArguments, classes=None, separator=None, digests=()):
-    """All rows of `source`, a `Dataset` or paths, as of `read_rows`: read once, and then from the cache."""
-    columns = {"text": args.text_column, "text_pair": args.text_pair_column}
-    columns |= {"label": args.label_column}
-    columns = {ours: name for ours, name in columns.items() if name}
-    # an object each: `datasets` hashes shared ones otherwise
-    types = {name: Value("string") for name in columns}
-    types |= {name: Value("int64") for name in ("row", "lines")}
-    if isinstance(source, Dataset):
-        check_columns(columns, source.column_names, where)
-        source = source.select_columns(list(columns.values()))
-        if isinstance(source.features[columns["label"]], ClassLabel):
-            types["label"] = source.features[columns["label"]]
-    if classes:
-        types["label"] = ClassLabel(names=classes)
-    options = [columns, classes and tuple(classes), separator, args.quoting]
-    # the key of the cache: contents, not dates; of this script, too
-    key = json.dumps([*options, str(types), digests, digest(__file__)])
-    with loading(where, FILE_HINT, FILE_ERRORS):
-        rows = Dataset.from_generator(
-            partial(read_rows, source, where, *options),
-            features=Features(types),
-            fingerprint=hashlib.sha256(key.encode()).hexdigest(),
-        )
-    lines = rows.with_format("numpy")["lines"][:]
-    if lines.sum() > len(rows):
-        counts = f"{lines.sum()} lines hold {len(rows)} rows"
-        first = f"the first of several is row {np.argmax(lines > 1)}"
-        why = "texts with line breaks, or stray quotes? --quoting none"
-        logger.warning(f"{where}: {counts}, {first}: {why}")
-    return rows
-
-
-FILE_HINT = "Files are UTF-8, with commas in .csv, tabs in .tsv. Are quotes plain? --quoting none"
-FILE_ERRORS = (OSError, ValueError, EOFError, csv.Error, zlib.error)  # another: a bug of ours
+    check_columns(columns, list(there))
 
 
 def digest(path: str) -> str:
@@ -495,66 +438,76 @@ def digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_files(paths: list[str], args: DataArguments, classes=None, separator=None) -> Dataset:
-    """All rows of files of one kind: csv, tsv, json, jsonl or parquet, also .gz."""
-    where = "".join(filter(str.isprintable, ", ".join(paths)))
-    kind = re.search(r"\.(csv|tsv|json|jsonl|parquet)(\.gz)?$", paths[0].lower())
-    if not kind or kind[0] == ".parquet.gz":
-        raise UserError(f"{where} does not end in .csv, .tsv, .json, .jsonl or .parquet")
-    with loading(where, FILE_HINT, FILE_ERRORS):
-        source, digests = tuple(paths), tuple(map(digest, paths))
-        if kind[1] == "parquet":
-            patterns = [glob.escape(path) for path in paths]
-            all_of_them = hashlib.sha256("".join(digests).encode()).hexdigest()
-            source = Dataset.from_parquet(patterns, config_name=all_of_them)
-    separator = separator or {"csv": ",", "tsv": "\t"}.get(kind[1])
-    return load_rows(source, where, args, classes, separator, digests)
-
-
-def load_split(split: str, args: DataArguments, classes=None) -> Dataset | None:
-    """All rows of `train`, `validation` or `test`, if it is there."""
-    if args.train_file:
-        path = getattr(args, f"{split}_file")
-        return load_files([path], args, classes) if path else None
-    name, config = args.dataset_name, args.dataset_config_name
+def find_split(split: str, args: DataArguments):
+    """What holds `train`, `validation` or `test`, if it is there: its name, its builder, the split's name there."""
     there = {"train": "train", "validation": args.validation_split, "test": args.test_split}[split]
-    path, data_dir = os.path.abspath(name), None
-    if os.path.isdir(path) and glob.has_magic(path):  # `datasets` takes a folder's name as a pattern
-        data_dir = os.path.relpath(glob.escape(path), path)
-    with loading(name, hint_for("--dataset_name", name)):
-        builder = datasets.load_dataset_builder(name, config, data_dir=data_dir)
+    name, options = args.dataset_name, {"name": args.dataset_config_name}
+    what, folder = f"{name}, split {there!r}", os.path.abspath(name)
+    if args.train_file:
+        what, there = getattr(args, f"{split}_file"), split
+        if what is None:
+            return None
+        kind = Path(what.lower().removesuffix(".gz")).suffix
+        if kind not in KINDS:
+            raise UserError(f"{what} does not end in {', '.join(KINDS)}")
+        name, options = KINDS[kind], {"data_files": {split: glob.escape(what)}}
+        if kind == ".tsv":
+            options["sep"] = "\t"
+    elif os.path.isdir(folder) and glob.has_magic(folder):
+        # `datasets` takes its name as a pattern
+        options["data_dir"] = os.path.relpath(glob.escape(folder), folder)
+    with loading(what, FILE_HINT if args.train_file else HUB_HINT):
+        builder = datasets.load_dataset_builder(name, **options)
     files = builder.config.data_files
     if there not in files:
         if split == "train" or there not in (split, "none"):
             raise UserError(f"{name} has no split {there!r}, only: {', '.join(map(str, files))}")
         return None
-    names = [os.path.basename(path) for path in files[there]]
-    if os.path.isdir(name) and len({re.sub(r"-\d+(?=-of-\d+)", "", path) for path in files[there]}) > 1:
-        which = f"several files for {there}, {show(names)}"
-        raise UserError(f"{name} has {which}: name one by --{split}_file")
-    say(f"{split} is read from {show(names)}")
-    types_are_guessed = builder.info.features is None and builder.name in ("csv", "json", "parquet")
-    with loading(name, hint_for("--dataset_name", name)):
-        if types_are_guessed:
-            found = datasets.DownloadManager().download(list(files[there]))
+    names = show([os.path.basename(path) for path in files[there]])
+    shards = {re.sub(r"-\d+(?=-of-\d+)", "", path) for path in files[there]}
+    if os.path.isdir(name) and len(shards) > 1:
+        raise UserError(f"{name} has several files for {there}, {names}: name one by --{split}_file")
+    say(f"{split} is read from {names}")
+    return what, builder, there
+
+
+def load_rows(what, builder, there, args: DataArguments):
+    """All rows of a split, as `read_rows` yields them, and its classes, if it declares them: read once, then cached."""
+    columns = {"text": args.text_column, "text_pair": args.text_pair_column, "label": args.label_column}
+    columns = {ours: column for ours, column in columns.items() if column}
+    # an object each: `datasets` hashes shared ones otherwise
+    types = {ours: Value("string") for ours in columns} | {"row": Value("int64"), "lines": Value("int64")}
+    files, feature = list(builder.config.data_files[there]), None
+    separator = getattr(builder.config, "sep", None)
+    with loading(what, FILE_HINT):
+        if builder.info.features is None and builder.name in ("csv", "json"):
+            # the library would guess types
+            paths = map(str, datasets.DownloadManager().download(files))
+            read = (read_file(path, columns, separator, args.quoting) for path in paths)
+            records = itertools.chain.from_iterable(read)
         else:
-            found = datasets.load_dataset(name, config, data_dir=data_dir, split=there)
-    if types_are_guessed:
-        paths = [str(Path(path)) for path in found]
-        return load_files(paths, args, classes, getattr(builder.config, "sep", None))
-    is_local = os.path.isdir(name)  # the Hub's paths hold the commit
-    digests = tuple(map(digest, files[there])) if is_local else tuple(files[there])
-    return load_rows(found, f"split {there!r}", args, classes, digests=digests)
-
-
-def class_names(rows: Dataset) -> list[str]:
-    """The classes in the order of their ids: as declared, or else sorted, integers by their value."""
-    if isinstance(rows.features["label"], ClassLabel):
-        return rows.features["label"].names
-    names = sorted(set(rows.unique("label")) - {None})
-    if all(re.fullmatch(r"-?\d{1,18}", name) for name in names):
-        names.sort(key=int)
-    return names
+            if os.path.exists(files[0]):  # the library's cache would go by its date
+                source = builder.as_streaming_dataset(there)
+            else:
+                builder.download_and_prepare()
+                source = builder.as_dataset(there)
+            check_columns(columns, source.column_names)
+            source = source.select_columns(list(columns.values()))
+            feature = source.features[columns["label"]]
+            records = ((record, 1) for record in source)
+        # the key of the cache: contents, of this script, too; the Hub's paths hold the commit
+        contents = [digest(path) if os.path.exists(path) else path for path in [*files, __file__]]
+        key = repr([columns, separator, args.quoting, feature, contents])
+        rows = Dataset.from_generator(
+            lambda: read_rows(records, columns, feature),
+            features=Features(types),
+            fingerprint=hashlib.sha256(key.encode()).hexdigest(),
+        )
+    lines = np.array(rows["lines"][:])
+    if lines.sum() > len(rows):
+        found = f"{lines.sum()} lines hold {len(rows)} rows, from row {np.argmax(lines > 1)}"
+        logger.warning(f"{what}: {found}: line breaks, or stray quotes? --quoting none")
+    return rows, getattr(feature, "names", None)
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int) -> dict[str, Dataset]:
@@ -562,68 +515,68 @@ def hold_out(rows: Dataset, fraction: float, seed: int) -> dict[str, Dataset]:
     counts = np.bincount(rows["labels"][:]).tolist()
     if 1 in counts:
         rare = show(rows.features["labels"].names[counts.index(1)])
-        why = "too few for --validation_fraction"
-        raise UserError(f"class {rare} has one row, {why}: leave it out, or add rows")
-    with loading("the validation part", "Try another --validation_fraction", ValueError):
+        raise UserError(f"class {rare} has one row, too few for --validation_fraction: leave it out")
+    with loading("the validation part", "Try another --validation_fraction"):
         parts = rows.train_test_split(fraction, stratify_by_column="labels", seed=seed)
     return {"train": parts["train"], "validation": parts["test"]}
 
 
 def load_splits(args: DataArguments, seed: int = 42) -> DatasetDict:
-    """Load, check and sub-sample `train` and, where they are there, `validation` and `test`.
+    """Load, check and sub-sample `train` and, where they are there, `validation` and `test`, in this order.
 
     Columns are `text`, perhaps `text_pair`, `labels` (a `ClassLabel`) and `row` (in the file, counted from 0).
     """
-    raw = {"train": load_split("train", args)}
-    names = class_names(raw["train"])
-    if len(names) < 2:
-        why = "there is nothing to learn"
-        raise UserError(f"split 'train' has one label only, {show(names)}: {why}")
-    if args.positive_label and (args.positive_label not in names or len(names) != 2):
-        what = f"--positive_label {show(args.positive_label)} is not one of two classes"
-        raise UserError(f"{what}. There are: {show(names)}")
-    raw |= {split: load_split(split, args, names) for split in ("validation", "test")}
-
-    splits = DatasetDict()
-    for split, rows in raw.items():
-        complete = np.flatnonzero(rows.data.column("label").is_valid()) if rows else []
-        if rows and len(complete) < len(rows):
-            first = np.setdiff1d(np.arange(len(rows)), complete)[0]
-            count = f"{len(rows) - len(complete)} of {len(rows)} rows"
-            missing = f"{count} without text or label are left out"
-            logger.warning(f"Split {split!r}: {missing}, the first is row {first} (counted from 0).")
+    splits, counts = DatasetDict(), {}
+    for split in ("train", "validation", "test"):
+        found = find_split(split, args)
+        if found is None:
+            continue
+        rows, declared = load_rows(*found, args)
+        there = sorted(set(rows.unique("label")) - {None})
+        if split == "train":
+            names = declared or there
+            if not declared and all(re.fullmatch(r"-?\d{1,18}", name) for name in names):
+                names.sort(key=int)
+            if len(names) < 2:
+                raise UserError(f"train has one label only, {show(names)}: nothing to learn")
+            if args.positive_label and (args.positive_label not in names or len(names) != 2):
+                raise UserError(f"--positive_label {args.positive_label!r} is not one of two: {show(names)}")
+        unknown = [name for name in there if name not in names]
+        if unknown:
+            raise UserError(f"{split} has labels {show(unknown)}, train only {show(names)}")
+        complete = np.flatnonzero(rows.data.column("label").is_valid())
+        if len(complete) < len(rows):
+            left_out = len(rows) - len(complete)
+            logger.warning(f"{split}: {left_out} of {len(rows)} rows without text or label are left out.")
         if len(complete):  # GLUE's test splits have no labels
+            counts[split] = len(rows)
             rows = rows.select(complete).cast_column("label", ClassLabel(names=names))
             splits[split] = rows.rename_column("label", "labels").remove_columns("lines")
     if args.validation_fraction:
         if "validation" in splits:
-            ways = "leave out --validation_fraction, or --validation_split none"
-            raise UserError(f"a validation split is there: {ways}")
-        splits |= hold_out(splits["train"], args.validation_fraction, seed)
-        raw["validation"] = raw["train"]
+            raise UserError("a validation split is there: leave out --validation_fraction")
+        splits = DatasetDict(hold_out(splits.pop("train"), args.validation_fraction, seed), **splits)
+        counts["validation"] = counts["train"]
     if len(splits) == 1:
-        ways = "--validation_fraction 0.1, --validation_file or --validation_split"
-        what = "there is no validation or test split to choose the checkpoint"
-        raise UserError(f"{what}: give {ways}")
+        raise UserError("no validation or test split to choose by: --validation_fraction 0.1 or --validation_split?")
 
     for split, rows in splits.items():
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
         if limit is not None and limit < len(rows):
             splits[split] = rows.shuffle(seed=seed).select(range(limit))
-        counts = np.bincount(splits[split]["labels"][:], minlength=len(names)).tolist()
-        pairs = zip(names[:20], counts, strict=False)
-        by_class = ", ".join(f"{show(name)}: {count}" for name, count in pairs)
-        say(f"{split}: {len(splits[split])} of {len(raw[split])} rows, {{{by_class}}}")
-        if 0 in counts and split != "train":
-            what = "has no row of some class: its AUC is undefined and left out"
-            logger.warning(f"Split {split!r} {what}.")
+        by_class = np.bincount(splits[split]["labels"][:], minlength=len(names)).tolist()
+        shown = show(dict(zip(names, by_class, strict=True)))
+        say(f"{split}: {len(splits[split])} of {counts[split]} rows, {shown}")
+        if 0 in by_class and split != "train":
+            logger.warning(f"{split} has no row of some class: its AUC is undefined and left out.")
     return splits
 
 
 def encode(*texts, tokenizer):
     """Tokenize a batch of texts, or of pairs; `cut` says which were longer than the tokenizer's limit."""
     tokens = tokenizer(*texts, truncation=True, return_length=True)
-    if tokens.encodings is None:  # of a slow tokenizer, which does not tell: those that fill the limit
+    if tokens.encodings is None:
+        # a slow tokenizer does not tell: those that fill the limit
         tokens["cut"] = [length >= tokenizer.model_max_length for length in tokens["length"]]
     else:
         tokens["cut"] = [bool(encoding.overflowing) for encoding in tokens.encodings]
@@ -633,10 +586,12 @@ def encode(*texts, tokenizer):
 def tokenize(splits: DatasetDict, tokenizer) -> DatasetDict:
     """Replace the texts by `input_ids`, ..., `length` (at most `tokenizer.model_max_length` tokens) and `cut`."""
     texts = [column for column in ("text", "text_pair") if column in splits["train"].column_names]
-    tokenizer("", truncation=True)  # sets its truncation, which is part of the key of the cache
+    # sets its truncation, which is part of the key of the cache
+    tokenizer("", truncation=True)
     options = {"batched": True, "fn_kwargs": {"tokenizer": tokenizer}, "desc": "Tokenizing"}
     splits = splits.map(encode, input_columns=texts, remove_columns=texts, **options)
-    for split in splits.keys() - {"train"}:  # longest first: little padding, out of memory at once
+    for split in splits.keys() - {"train"}:
+        # longest first: little padding, out of memory at once
         longest_first = np.argsort(splits[split]["length"][:], kind="stable")[::-1]
         splits[split] = splits[split].select(longest_first)
     return splits
@@ -648,9 +603,8 @@ def tokenize(splits: DatasetDict, tokenizer) -> DatasetDict:
 
 def load_tokenizer(args: RDropArguments):
     """The tokenizer, with the number of tokens to keep, by which pipelines will cut texts, too."""
-    name = args.model_name_or_path
-    with loading(name, hint_for("--model_name_or_path", name)):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    with loading(args.model_name_or_path, HUB_HINT):
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
         tokenizer(["two", "texts"], padding=True)  # raises where there is no padding token
     if not 0 < tokenizer.model_max_length < args.max_length:
         tokenizer.model_max_length = args.max_length
@@ -662,17 +616,15 @@ def load_tokenizer(args: RDropArguments):
 def load_model(args: ModelArguments, tokenizer, names: list[str]):
     """The encoder, in float32, with a new head for the classes `names`."""
     name = args.model_name_or_path
-    with loading(name, hint_for("--model_name_or_path", name)):
+    with loading(name, HUB_HINT):
         # without the flag, it asks on the terminal
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if args.config_overrides:
-        hint = "Give key=value,... with keys of the config"
-        with loading(f"--config_overrides {args.config_overrides}", hint):
-            config.update_from_string(args.config_overrides)
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
-    config.problem_type = "single_label_classification"  # pipelines read it
-    with loading(name, hint_for("--model_name_or_path", name)):
+        if args.config_overrides:
+            with loading(f"--config_overrides {args.config_overrides}", "Give key=value,..."):
+                config.update_from_string(args.config_overrides)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+        config.problem_type = "single_label_classification"  # pipelines read it
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
@@ -689,28 +641,20 @@ def load_model(args: ModelArguments, tokenizer, names: list[str]):
 
 
 def dry_run(model, tokenizer, splits: DatasetDict, alpha: float):
-    """Take the longest row through the model twice, in training mode, before anything slow starts.
-
-    `UserError` where the model cannot take it; a warning where both passes agree, as they do without dropout.
-    """
+    """Take the longest row through the model twice, as training will: fail early, and warn if both passes agree."""
     longest = [rows[int(np.argmax(rows["length"][:]))] for rows in splits.values()]
     row = max(longest, key=lambda row: row["length"])
     if not set(row["input_ids"]) - set(tokenizer.all_special_ids):
-        why = "are its files in the model's folder?"
-        raise UserError(f"the tokenizer knows no word of the longest text: {why}")
+        raise UserError("the tokenizer knows no word of the longest text: are all files there?")
     inputs = {name: row[name] for name in tokenizer.model_input_names if name in row}
     batch = tokenizer.pad([inputs, inputs], return_tensors="pt")
-    model.train()
-    hint = "Perhaps it does not take so many: try a shorter --max_length"
-    keep_random_state = torch.random.fork_rng(devices=[])
     what = f"{row['length']} tokens into the model"
-    with loading(what, hint), torch.no_grad(), keep_random_state:
+    model.train()
+    with loading(what, "Try a shorter --max_length"), torch.no_grad(), torch.random.fork_rng(devices=[]):
         first, second = model(**batch).logits, model(**batch).logits
     model.eval()
     if alpha > 0 and first.equal(second):
-        what = "The model has no dropout: both passes are equal, R-Drop does nothing but cost"
-        mend = "--config_overrides hidden_dropout_prob=0.1 (names as in its config.json)"
-        logger.warning(f"{what}. Set it, as by {mend}")
+        logger.warning("The model has no dropout, which R-Drop needs: --config_overrides hidden_dropout_prob=0.1")
 
 
 # -----------------------------------------------------------------------------
@@ -786,7 +730,7 @@ def record_arguments(args: RDropArguments, checkpoint: Path | None):
     with args.main_process_first(local=False):
         if args.process_index == 0 and not (checkpoint and path.exists()):
             hint = "Has another run just begun there?"
-            with loading(args.output_dir, hint, OSError), path.open("x") as file:
+            with loading(args.output_dir, hint), path.open("x") as file:
                 json.dump(arguments, file, indent=2)
         if not path.exists():
             what = "must be a folder that all machines share"
@@ -962,7 +906,7 @@ def main(argv=None) -> dict[str, float]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `loading` says it once
     checkpoint = find_checkpoint(args)
     for folder in (args.output_dir, args.logging_dir):
-        with loading(folder, "It must be a folder, or not there", OSError):
+        with loading(folder, "It must be a folder, or not there"):
             Path(folder).mkdir(parents=True, exist_ok=True)
 
     transformers.set_seed(args.seed)  # before the new head is drawn
@@ -979,7 +923,7 @@ def main(argv=None) -> dict[str, float]:
     with args.main_process_first():
         splits = tokenize(splits, tokenizer)
     dry_run(model, tokenizer, splits, args.rdrop_alpha)
-    with loading("what the flags ask for", "", (ValueError, ImportError, OSError, RuntimeError)):
+    with loading("what the flags ask for"):
         trainer = build_trainer(args, model, tokenizer, splits, positive)
         say_start(args, trainer, checkpoint)
 
