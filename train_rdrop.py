@@ -671,43 +671,39 @@ def read_json(path: Path) -> dict:
 
 def complete_checkpoints(folders, processes: int) -> list[Path]:
     """Those of `folders`, by their steps, in which all processes have saved all: Trainer would do without some."""
-    complete = []
+    complete = {}
     for folder in folders:
         state = read_json(folder / "trainer_state.json")  # written last
-        recorded = read_json(folder.resolve().with_name("arguments.json")).get("world_size")
-        needed = min(processes, recorded or processes)
-        if (folder / "rng_state.pth").exists():  # of a single process
-            needed = 1
-        random_states = len(list(folder.glob("rng_state*.pth")))
+        arguments = read_json(folder.resolve().with_name("arguments.json"))
+        # of a single process, or one of each
+        random_states = {path.name for path in folder.glob("rng_state*.pth")}
+        of_all = len(random_states) >= min(processes, arguments.get("world_size", processes))
         parts = [any(folder.glob(name)) for name in ("*model*", "optimizer*", "scheduler.pt")]
-        if state and all(parts) and random_states >= needed:
-            complete.append((state["global_step"], folder))
+        if state and all(parts) and (of_all or "rng_state.pth" in random_states):
+            complete[folder] = state["global_step"]
         else:
             logger.warning(f"{folder} is incomplete: it is passed over.")
-    return [folder for _, folder in sorted(complete)]
+    return sorted(complete, key=complete.get)
 
 
 def find_checkpoint(args: RDropArguments) -> Path | None:
     """The checkpoint to resume from, if any. A new run must not find the files of another in its output folder."""
     output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
+    complete = here = complete_checkpoints(output_dir.glob("checkpoint-*"), args.world_size)
+    if asked and asked != "last":
+        complete = complete_checkpoints([Path(asked)], args.world_size)
     if asked:
-        folders = output_dir.glob("checkpoint-*") if asked == "last" else [Path(asked)]
-        complete = complete_checkpoints(folders, args.world_size)
         if not complete:
-            where = output_dir if asked == "last" else asked
-            raise UserError(f"nothing to resume from: no complete checkpoint in {where}")
+            raise UserError(f"nothing to resume from: no complete checkpoint ({asked})")
         best = read_json(complete[-1] / "trainer_state.json")["best_model_checkpoint"]
         if args.load_best_model_at_end and best and not os.path.isdir(best):
-            ways = "move it back there, or --load_best_model_at_end false"
-            what = f"the best checkpoint, {best}, is missing"
-            raise UserError(f"{what}, and the run would end with another: {ways}")
+            raise UserError(f"the best checkpoint, {best}, is missing: move it back, or --load_best_model_at_end false")
         if complete[-1].resolve().parent == output_dir.resolve():
             return complete[-1]
     for pattern in ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "predictions.csv", REPORT):
         if any(output_dir.glob(pattern)):
             ways = "choose another --output_dir, or remove the folder"
-            if complete_checkpoints(output_dir.glob("checkpoint-*"), args.world_size):
-                ways += ", or resume by --resume_from_checkpoint last"
+            ways += ", or --resume_from_checkpoint last" if here else ""
             raise UserError(f"{output_dir} holds an earlier run or a model ({pattern}): {ways}")
     return complete[-1] if asked else None
 
@@ -716,25 +712,21 @@ def record_arguments(args: RDropArguments, checkpoint: Path | None):
     """Claim the output folder by `arguments.json`; on resuming, say which flags have changed since it was written."""
     arguments = json.loads(args.to_json_string())
     arguments |= {"world_size": args.world_size, "resume_from_checkpoint": None}
-    path = Path(args.output_dir, "arguments.json")
     if checkpoint:
         before = read_json(checkpoint.resolve().with_name("arguments.json"))
-        changes = []
-        for name, value in arguments.items():
-            if before.get(name) != value:
-                changes.append(f"{name} {show(before.get(name))} -> {show(value)}")
-        unknown = "unknown, for its arguments.json is missing or damaged"
-        what = ", ".join(changes) if before else unknown
-        if what:
-            logger.warning(f"Resuming {checkpoint} with other flags: {what}")
+        changed = [name for name in arguments if arguments[name] != before.get(name)]
+        changes = [f"{name} {show(before.get(name))} -> {show(arguments[name])}" for name in changed]
+        if not before:
+            changes = ["unknown, for its arguments.json is missing or damaged"]
+        if changes:
+            logger.warning(f"Resuming {checkpoint} with other flags: {', '.join(changes)}")
+    path = Path(args.output_dir, "arguments.json")
     with args.main_process_first(local=False):
         if args.process_index == 0 and not (checkpoint and path.exists()):
-            hint = "Has another run just begun there?"
-            with loading(args.output_dir, hint), path.open("x") as file:
+            with loading(path, "Has another run just begun there?"), path.open("x") as file:
                 json.dump(arguments, file, indent=2)
         if not path.exists():
-            what = "must be a folder that all machines share"
-            raise UserError(f"--output_dir {args.output_dir} {what}")
+            raise UserError(f"all machines must share --output_dir {args.output_dir}")
 
 
 @contextmanager
@@ -744,22 +736,18 @@ def going_on(args: RDropArguments, checkpoint: Path | None):
         yield
     except (Exception, KeyboardInterrupt) as error:
         print(file=sys.stderr)  # ends the line of the progress bar
+        here = complete_checkpoints(Path(args.output_dir).glob("checkpoint-*"), args.world_size)
+        newest = here[-1] if here else checkpoint
+        note = "No checkpoint is complete: start anew."
+        if isinstance(error, FloatingPointError):
+            note = "Start anew with a lower --learning_rate: a resumed run keeps its own."
+        elif newest:
+            note = f"Add --resume_from_checkpoint {newest} (or, if damaged, the one before), to go on."
+        error.add_note(note)
         if isinstance(error, torch.OutOfMemoryError):
             error.add_note("Halve --per_device_train_batch_size, double --gradient_accumulation_steps")
             error.add_note("(the effective batch stays), or add --activation_checkpointing.")
-        complete = complete_checkpoints(Path(args.output_dir).glob("checkpoint-*"), args.world_size)
-        newest = [checkpoint, *complete][-1]
-        if isinstance(error, FloatingPointError):
-            error.add_note("Start anew with a lower --learning_rate: a resumed run keeps its own.")
-        elif newest:
-            which = "last" if complete else newest
-            how = f"add --resume_from_checkpoint {which} to the same command"
-            error.add_note(f"To go on from {newest}, {how}.")
-            if newest == checkpoint:
-                error.add_note("If it cannot be read, remove it, and resume from the one before.")
-        else:
-            error.add_note("No checkpoint is complete: start anew.")
-        if not complete and args.process_index == 0:
+        if not here and args.process_index == 0:
             Path(args.output_dir, "arguments.json").unlink(missing_ok=True)
         raise
 
@@ -773,16 +761,12 @@ def say(message: str):
     PartialState().print(message, flush=True)
 
 
-def say_start(args: RDropArguments, trainer: RDropTrainer, checkpoint: Path | None):
+def say_start(args, trainer, checkpoint):
     """Say what a run will do."""
-    device = args.device.type
-    if device == "cuda":
-        device = torch.cuda.get_device_name(args.device)
+    say(f"device {args.device}, mixed precision: {args.mixed_precision}")
     config = trainer.model.config.to_dict()
     dropout = {key: p for key, p in config.items() if "drop" in key and isinstance(p, (int, float))}
-    say(f"device {device}, mixed precision: {args.mixed_precision}")
-    smoothing = args.label_smoothing_factor
-    say(f"alpha {args.rdrop_alpha}, smoothing {smoothing}, dropout {show(dropout)}")
+    say(f"alpha {args.rdrop_alpha}, smoothing {args.label_smoothing_factor}, dropout {show(dropout)}")
     rows, limit = trainer.train_dataset, trainer.processing_class.model_max_length
     say(f"train: {sum(rows['length'][:])} tokens; {sum(rows['cut'][:])} texts are cut to {limit}")
     *_, batch, _, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
@@ -790,13 +774,12 @@ def say_start(args: RDropArguments, trainer: RDropTrainer, checkpoint: Path | No
     say(f"effective batch {batch}, steps {begun} to {steps}")
 
 
-def write_report(args: RDropArguments, rows: Dataset, output, positive: int, figures, about: str):
+def write_report(args, rows, output, positive, figures, about):
     """Show the final `figures` and what is behind them: the prediction of each row, each class, TensorBoard's tabs."""
     names = rows.features["labels"].names
     labels, predicted = output.label_ids, output.predictions.argmax(axis=-1)
     probabilities = torch.from_numpy(output.predictions).double().softmax(dim=-1).numpy()
-    columns = {"row": rows["row"][:], "label": np.take(names, labels)}
-    columns["predicted"] = np.take(names, predicted)
+    columns = {"row": rows["row"][:], "label": np.take(names, labels), "predicted": np.take(names, predicted)}
     columns |= {f"p_{name}": probabilities[:, i] for i, name in enumerate(names)}
     table = Dataset.from_dict(columns).to_pandas().sort_values("row")
     table.to_csv(Path(args.output_dir, "predictions.csv"), index=False)
@@ -809,82 +792,70 @@ def write_report(args: RDropArguments, rows: Dataset, output, positive: int, fig
     print(by_class if len(names) <= 20 else f"Each class: {REPORT}")
     if "tensorboard" in args.report_to:
         # the HPARAMS tab shows the first five in alphabetical order
-        settings = {"alpha": args.rdrop_alpha, "smoothing": args.label_smoothing_factor}
-        settings |= {"learning_rate": args.learning_rate, "epochs": args.num_train_epochs}
-        settings |= {"model": args.model_name_or_path, "seed": args.seed, "figures": about}
-        settings["data"] = args.train_file or args.dataset_name
+        settings = {"alpha": args.rdrop_alpha, "smoothing": args.label_smoothing_factor, "figures": about}
+        settings |= {"learning_rate": args.learning_rate, "epochs": args.num_train_epochs, "seed": args.seed}
+        settings |= {"model": args.model_name_or_path, "data": args.train_file or args.dataset_name}
         final = {f"final/{name}": value for name, value in figures.items()}
         with SummaryWriter(os.environ["TENSORBOARD_LOGGING_DIR"]) as writer:
             writer.add_hparams(settings, final, run_name=".")
             writer.add_text("final", f"```\n{by_class}\n```")
-            if probabilities.shape[-1] == 2:
+            if len(names) == 2:
                 writer.add_pr_curve("final", labels == positive, probabilities[:, positive])
 
 
-def finish(trainer: RDropTrainer, args: RDropArguments, splits: DatasetDict, positive: int, results: dict):
+def finish(trainer, args, splits, positive, results):
     """Save the best model and evaluate it; all figures are added to `results`."""
     if not args.push_to_hub:  # which saves, too; and `save_model` would push
         trainer.save_model()
-    args.train_sampling_strategy = "random"  # group_by_length would shuffle the rows of evaluations
+    # group_by_length would shuffle the rows of evaluations
+    args.train_sampling_strategy = "random"
     state = trainer.state
-    kept = state.best_model_checkpoint
-    if args.load_best_model_at_end and kept and not any(Path(kept).glob("*model*")):
-        raise FileNotFoundError(f"the best checkpoint, {kept}, holds no model any more")
-    step = args.load_best_model_at_end and state.best_global_step or state.global_step
-    epochs = [entry["epoch"] for entry in state.log_history if entry["step"] == step]
-    epoch = (epochs or [state.epoch])[0]
-    what = "best" if args.load_best_model_at_end and kept else "last"
-    say(f"\n{what}: epoch {epoch:g}, checkpoint-{step}, now in {args.output_dir}")
-    chooser = "validation" if "validation" in splits else "test"
-    for prefix, split in {"eval": chooser, "test": "test"}.items():
-        if split not in splits or (prefix, chooser) == ("test", "test"):
-            continue
+    best = args.load_best_model_at_end and state.best_model_checkpoint
+    if best and not any(Path(best).glob("*model*")):
+        raise FileNotFoundError(f"the best checkpoint, {best}, holds no model any more")
+    step = state.best_global_step if best else state.global_step
+    epoch = next((log["epoch"] for log in state.log_history if log["step"] == step), state.epoch)
+    say(f"\n{'best' if best else 'last'}: epoch {epoch:g}, checkpoint-{step}, now in {args.output_dir}")
+    _, *evaluated = splits  # the first of them chose the checkpoint
+    for prefix, split in zip(("eval", "test"), evaluated, strict=False):
         # `predict` adds no point to the curves, which show the models in training
         output = trainer.predict(splits[split], metric_key_prefix=prefix)
         metrics = {**output.metrics, "epoch": epoch}
         state.log_history.append({**metrics, "step": state.global_step})  # for the model card
         trainer.save_metrics(prefix, metrics, combined=False)
-        names = [name for name in METRICS if f"{prefix}_{name}" in metrics]
-        figures = {name: metrics[f"{prefix}_{name}"] for name in names}
         results |= {**metrics, "epoch": results["epoch"], "best_epoch": epoch}
-        final = split
     trainer.save_metrics("all", results, combined=False)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        about = final
-        if final == chooser:
-            about += ", which also chose the checkpoint: optimistic"
-        write_report(args, splits[final], output, positive, figures, about)
+        figures = {name: metrics[f"{prefix}_{name}"] for name in METRICS if f"{prefix}_{name}" in metrics}
+        about = split if len(evaluated) > 1 else f"{split}, which also chose the checkpoint: optimistic"
+        write_report(args, splits[split], output, positive, figures, about)
     if args.push_to_hub:
         on_hub = None if args.train_file or os.path.isdir(args.dataset_name) else args.dataset_name
-        trainer.push_to_hub(dataset=on_hub, dataset_tags=on_hub, tags=["r-drop", "label-smoothing"])
-    trainer.accelerator.wait_for_everyone()  # a launcher ends all with the first that ends
+        trainer.push_to_hub(dataset=on_hub, dataset_tags=on_hub)
+    # a launcher ends all with the first that ends
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
-    text = '"A film to remember."'
-    if args.text_pair_column:
-        text = '{"text": "...", "text_pair": "..."}'
+    text = '{"text": "...", "text_pair": "..."}' if args.text_pair_column else '"A film to remember."'
     say(f"Model, figures, predictions: {args.output_dir}")
     if "tensorboard" in args.report_to:
         say(f"Curves: tensorboard --logdir {args.logging_dir}")
     say(f'Try it: pipeline("text-classification", {args.output_dir!r}, truncation=True)({text})')
 
 
-def build_trainer(args: RDropArguments, model, tokenizer, splits: DatasetDict, positive: int):
+def build_trainer(args, model, tokenizer, splits, positive):
     """The trainer, with curves in a folder of their own and evaluations on the split that chooses."""
     run_name = f"{Path(args.output_dir).resolve().name}_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(args.logging_dir, run_name)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns at data loaders
     callbacks = []
     if args.early_stopping_patience > 0 and args.eval_strategy != "no":
-        patience, threshold = args.early_stopping_patience, args.early_stopping_threshold
-        callbacks = [EarlyStoppingCallback(patience, threshold)]
-    multiple_of = None
-    if args.mixed_precision != "no" and tokenizer.model_max_length % 8 == 0:
-        multiple_of = 8
+        callbacks += [EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)]
+    in_eights = args.mixed_precision != "no" and tokenizer.model_max_length % 8 == 0
     return RDropTrainer(
         model=model,
         args=args,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple_of),
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if in_eights else None),
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation", splits.get("test")),
         processing_class=tokenizer,
@@ -897,8 +868,8 @@ def build_trainer(args: RDropArguments, model, tokenizer, splits: DatasetDict, p
 
 def main(argv=None) -> dict[str, float]:
     """Train, evaluate and save as `argv` or the command line says; returns what `all_results.json` holds."""
-    with loading("transformers"):
-        transformers.utils.check_min_version("5.23.0")  # older ones ignore `loss_is_scaled_for_ga`
+    # older ones ignore `loss_is_scaled_for_ga`
+    transformers.utils.check_min_version("5.23.0")
     args = parse_args(argv)
     logger.disabled = not args.should_log  # of several processes, one speaks
     transformers.utils.logging.disable_progress_bar()  # of loading and writing weights
@@ -914,11 +885,10 @@ def main(argv=None) -> dict[str, float]:
     with args.main_process_first():  # the others find the result in the cache
         splits = load_splits(args, args.seed)
     names = splits["train"].features["labels"].names
-    positive = names.index(args.positive_label) if args.positive_label else 1
+    positive = names.index(args.positive_label or names[1])
     chooser = splits.get("validation", splits.get("test"))
     if args.metric_for_best_model == "auc" and len(chooser.unique("labels")) < len(names):
-        why = "no row of some class in the split that chooses"
-        raise UserError(f"--metric_for_best_model auc is undefined: {why}")
+        raise UserError("--metric_for_best_model auc is undefined: the split lacks a class")
     model = load_model(args, tokenizer, names)
     with args.main_process_first():
         splits = tokenize(splits, tokenizer)
