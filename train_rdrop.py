@@ -365,8 +365,8 @@ def loading(what: str, hint: str = ""):
 
 
 HUB_HINT = f"Give a complete local folder or a Hub's owner/name (HF_ENDPOINT={os.environ.get('HF_ENDPOINT')})"
-FILE_HINT = "Files are UTF-8: csv with commas, tsv with tabs, both with a header line, json with records"
-FILE_HINT += " (--text_column, --label_column). Plain quotes: --quoting none"
+FILE_HINT = "UTF-8? csv with commas, tsv with tabs, with a header line? json with records?"
+FILE_HINT += " --text_column, --label_column, --quoting none?"
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
