@@ -131,9 +131,7 @@ MISTAKES = {  # flags, and what the line must say
     "--quoting all": "invalid choice: 'all' (choose from 'minimal', 'none')",
     "--lr_scheduler_type cosinus": "invalid choice: 'cosinus' (choose from 'linear', 'cosine'",
     "--eval_strategy sometimes": "invalid choice: 'sometimes' (choose from 'no', 'steps', 'epoch')",
-    "--metric_for_best_model recall": "--metric_for_best_model must be one of accuracy, f1, auc, loss",
-    "--greater_is_better false": "--greater_is_better does not fit --metric_for_best_model",
-    "--metric_for_best_model loss --greater_is_better true": "--greater_is_better does not fit",
+    "--metric_for_best_model recall": "invalid choice: 'recall' (choose from 'accuracy', 'f1', 'auc', 'loss')",
     "--eval_strategy no": "--load_best_model_at_end requires the save and eval strategy to match",
     "--eval_strategy steps --eval_steps 3 --save_strategy steps --save_steps 6": "--save_steps must equal --eval_steps",
     "--text_column label": "--text_column, --label_column and --text_pair_column must differ",
@@ -154,6 +152,8 @@ REFUSED = {  # a run trains, and its metrics need all labels and logits
     "--debug underflow_overflow": "--debug",
     "--remove_unused_columns false": "--remove_unused_columns",
     "--dataloader_drop_last": "--dataloader_drop_last",
+    "--greater_is_better false": "--greater_is_better",
+    "--metric_for_best_model loss --greater_is_better true": "--greater_is_better",
 }
 RENAMED = {
     "--warmup_ratio 0.06": "--warmup_ratio is now --warmup_steps",

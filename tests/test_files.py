@@ -69,7 +69,7 @@ def test_codes_and_terminal_escapes_as_labels(start, tmp_path):
     refused = start("--text_column", "text", *flags[2:], "--test_file", "other.csv", "--output_dir", "two").wait()
     refused.assert_one_line(2, "no column 'text'", r"text\x1b[31m")
     unknown = start(*flags, "--test_file", "other.csv", "--output_dir", "three").wait()
-    unknown.assert_one_line(2, r"row 3 has label '\x1b[31mx'")
+    unknown.assert_one_line(2, r"test has labels ['\x1b[31mx']")
     shown = "".join(each.out + each.err for each in (run, refused, unknown))
     assert "[31m" not in shown.replace(r"\x1b[31m", "") and "\x07" not in shown and "long" * 50 not in shown
 

@@ -197,7 +197,7 @@ def test_ctrl_c_in_training_ends_in_one_line_with_the_way_on(start, tmp_path, mo
     run.assert_one_line(130, "train_rdrop.py: interrupted.", MOMENTS[moment])
     assert f"\n{run.said[0]}\n" in run.err, "on a line of its own, not at the end of the progress bar"
     nothing = moment == "step 3"
-    assert ("--resume_from_checkpoint last" in run.said[0]) != nothing
+    assert ("--resume_from_checkpoint results_rdrop" in run.said[0]) != nothing
     assert (tmp_path / "results_rdrop" / "arguments.json").exists() != nothing, "freed, if nothing is there to go on"
 
 
@@ -228,7 +228,7 @@ def test_signals_to_the_process_group_end_data_loader_workers_too(start, tmp_pat
         os.killpg(run.process.pid, number)
     for number, run in runs.items():
         if run.wait().status == 1:  # at times it misses a worker before it has the signal itself
-            run.assert_traceback("DataLoader worker (pid", "--resume_from_checkpoint last")
+            run.assert_traceback("DataLoader worker (pid", "--resume_from_checkpoint results_rdrop")
         elif number == signal.SIGINT:
             run.assert_one_line(130, "interrupted")
         else:
@@ -238,7 +238,7 @@ def test_signals_to_the_process_group_end_data_loader_workers_too(start, tmp_pat
 
 def test_killed_data_loader_worker_keeps_its_traceback(start):
     run = start(*SHORT, prelude="fail.py worker 7").wait()
-    run.assert_traceback("DataLoader worker (pid 7) is killed", "--resume_from_checkpoint last", "checkpoint-4")
+    run.assert_traceback("DataLoader worker (pid 7) is killed", "--resume_from_checkpoint results_rdrop/checkpoint-4")
 
 
 def test_data_loader_workers_give_the_same_weights(start, whole):
@@ -282,11 +282,11 @@ def test_out_of_gpu_memory_says_what_to_change_and_leaves_the_folder_free(start,
 
 def test_disk_that_is_full_keeps_its_traceback_and_names_the_last_complete_checkpoint(start):
     run = start(*TWO, prelude="full_disk.py torch.save").wait()
-    run.assert_traceback("No space left on device", "--resume_from_checkpoint last", "checkpoint-4")
+    run.assert_traceback("No space left on device", "--resume_from_checkpoint results_rdrop/checkpoint-4")
 
 
 @pytest.mark.parametrize(
-    "step, hint", [("1", "No checkpoint is complete"), ("5", "go on from results_rdrop/checkpoint-4")]
+    "step, hint", [("1", "No checkpoint is complete"), ("5", "--resume_from_checkpoint results_rdrop/checkpoint-4")]
 )
 def test_bug_in_training_keeps_its_traceback_and_says_how_to_go_on(start, tmp_path, step, hint):
     run = start(*TWO, prelude=f"fail.py bug {step}").wait()

@@ -140,7 +140,7 @@ def test_folder_without_tokenizer_is_refused_and_new_weights_are_said(start, tmp
     file = tmp_path / "other_names" / "model.safetensors"
     save_file({f"module.{key}": w for key, w in load_file(file).items()}, file, {"format": "pt"})
     run = start("--model_name_or_path", "no_words", *SHORT).wait()
-    run.assert_one_line(2, "the tokenizer knows no word of the longest text", "in the model's folder?")
+    run.assert_one_line(2, "the tokenizer knows no word of the longest text", "are all files there?")
     run = start("--model_name_or_path", "other_names", *SHORT).wait()
     assert run.status == 0 and re.search("^new weights, drawn with the seed: .*'roberta.emb", run.out, re.M), run.out
 
@@ -168,7 +168,7 @@ def test_model_without_its_weights_is_refused(start, tmp_path):
     file.write_bytes(file.read_bytes()[:999])
     refused = {
         "none": ["cannot load none (OSError: ", "model.safetensors"],
-        "cut": ["cannot load cut (SafetensorError: ", "Is the folder of --model_name_or_path complete?"],
+        "cut": ["cannot load cut (SafetensorError: ", "a complete local folder"],
     }
     for name, words in refused.items():
         start("--model_name_or_path", name, *SHORT).wait().assert_one_line(2, *words)

@@ -156,7 +156,9 @@ def test_error_after_training_says_how_to_go_on(resume):
 
 def test_disk_that_is_full_on_resuming_costs_no_file(resume, tmp_path):
     before = (tmp_path / "results_rdrop" / "arguments.json").read_text()
-    resume(prelude="full_disk.py json.dump").wait().assert_traceback("No space left", "--resume_from_checkpoint last")
+    resume(prelude="full_disk.py json.dump").wait().assert_traceback(
+        "No space left", "--resume_from_checkpoint results_rdrop/checkpoint-16"
+    )
     assert (tmp_path / "results_rdrop" / "arguments.json").read_text() == before
 
 
