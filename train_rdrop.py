@@ -31,6 +31,7 @@ import os
 import re
 import reprlib
 import sys
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -193,7 +194,9 @@ RENAMED = {
 def parse_args(argv=None) -> RDropArguments:
     """Read the command line (or `argv`, strings); a mistake in it ends the process with status 2, as argparse does."""
     groups = [ModelArguments, DataArguments, MethodArguments, TrainingFlags]
-    parser = HfArgumentParser(groups, allow_abbrev=False, usage="%(prog)s [--help] [--flag value ...]")
+    parser = HfArgumentParser(
+        groups, allow_abbrev=False, usage="%(prog)s [--flag value ...]   (--help lists all flags)"
+    )
     parser.set_defaults(**RECIPE, do_train=True)
     values, unknown = parser.parse_known_args(argv)
     if unknown:  # without their values, which may be tokens
@@ -205,7 +208,7 @@ def parse_args(argv=None) -> RDropArguments:
             parser.error(f"--{name} cannot be had: a run trains, and evaluates all rows")
     try:
         args = RDropArguments(**vars(values))
-    except Exception as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         parser.error(str(error))
     if args.hub_token:  # else Trainer would save it in every training_args.bin, and push it
         os.environ["HF_TOKEN"] = args.hub_token
@@ -353,7 +356,7 @@ def compute_metrics(eval_pred, positive: int = 1) -> dict[str, float]:
 
 
 @contextmanager
-def loading(what: str, hint: str = ""):
+def loading(what: str, hint: str = "", errors=Exception):
     """Turn the many kinds of errors of files, libraries and the Hub into one line: what was loaded, why not, a hint."""
     try:
         yield
@@ -361,12 +364,21 @@ def loading(what: str, hint: str = ""):
         cause = error.__cause__ or error  # datasets wraps errors into its own
         if isinstance(cause, UserError):
             raise cause from None
+        if not isinstance(error, errors) and not isinstance(cause, errors):
+            raise
         raise UserError(f"cannot load {what} ({type(cause).__name__}: {cause}). {hint}") from None
 
 
-HUB_HINT = f"Give a complete local folder or a Hub's owner/name (HF_ENDPOINT={os.environ.get('HF_ENDPOINT')})"
+def hint_for(flag: str, name: str) -> str:
+    if os.path.isdir(name):
+        return f"Is the folder of {flag} complete?"
+    mirror = f"HF_ENDPOINT, now {os.environ.get('HF_ENDPOINT')}, names a mirror"
+    return f"{flag} takes a local folder or a Hub id, owner/name ({mirror}). Without a Hub: tests/tiny_imdb.py"
+
+
 FILE_HINT = "UTF-8? csv with commas, tsv with tabs, with a header line? json with records?"
 FILE_HINT += " --text_column, --label_column, --quoting none?"
+FILE_ERRORS = (OSError, ValueError, EOFError, csv.Error, zlib.error)
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -393,13 +405,16 @@ def read_file(path, columns, separator, quoting):
         quotes = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
         reader = csv.DictReader(file, delimiter=separator, quoting=quotes, strict=True)
         check_columns(columns, list(reader.fieldnames or []))
-        for record in reader:
-            if None in record or None in record.values():
-                raise csv.Error(f"line {reader.line_num} has more or fewer fields than the header")
-            label = record[columns["label"]]
-            if re.fullmatch(r"-?\d*\.\d+", label):
-                record[columns["label"]] = float(label)
-            yield record, 1 + sum(str(value).count("\n") for value in record.values())
+        try:
+            for record in reader:
+                if None in record or None in record.values():
+                    raise csv.Error("more or fewer fields than the header")
+                label = record[columns["label"]]
+                if re.fullmatch(r"-?\d*\.\d+", label):
+                    record[columns["label"]] = float(label)
+                yield record, 1 + sum(str(value).count("\n") for value in record.values())
+        except csv.Error as error:
+            raise csv.Error(f"{os.path.basename(path)}, near line {reader.line_num}: {error}") from None
 
 
 def label_name(value, feature) -> str | None:
@@ -456,7 +471,7 @@ def find_split(split: str, args: DataArguments):
     elif os.path.isdir(folder) and glob.has_magic(folder):
         # `datasets` takes its name as a pattern
         options["data_dir"] = os.path.relpath(glob.escape(folder), folder)
-    with loading(what, FILE_HINT if args.train_file else HUB_HINT):
+    with loading(what, FILE_HINT if args.train_file else hint_for("--dataset_name", name)):
         builder = datasets.load_dataset_builder(name, **options)
     files = builder.config.data_files
     if there not in files:
@@ -479,7 +494,7 @@ def load_rows(what, builder, there, args: DataArguments):
     types = {ours: Value("string") for ours in columns} | {"row": Value("int64"), "lines": Value("int64")}
     files, feature = list(builder.config.data_files[there]), None
     separator = getattr(builder.config, "sep", None)
-    with loading(what, FILE_HINT):
+    with loading(what, FILE_HINT if args.train_file else hint_for("--dataset_name", args.dataset_name)):
         if builder.info.features is None and builder.name in ("csv", "json"):
             # the library would guess types
             paths = map(str, datasets.DownloadManager().download(files))
@@ -495,6 +510,7 @@ def load_rows(what, builder, there, args: DataArguments):
             source = source.select_columns(list(columns.values()))
             feature = source.features[columns["label"]]
             records = ((record, 1) for record in source)
+    with loading(what, FILE_HINT, FILE_ERRORS):  # another error is a bug of ours
         # the key of the cache: contents, of this script, too; the Hub's paths hold the commit
         contents = [digest(path) if os.path.exists(path) else path for path in [*files, __file__]]
         key = repr([columns, separator, args.quoting, feature, contents])
@@ -516,7 +532,7 @@ def hold_out(rows: Dataset, fraction: float, seed: int) -> dict[str, Dataset]:
     if 1 in counts:
         rare = show(rows.features["labels"].names[counts.index(1)])
         raise UserError(f"class {rare} has one row, too few for --validation_fraction: leave it out")
-    with loading("the validation part", "Try another --validation_fraction"):
+    with loading("the validation part", "Try another --validation_fraction", ValueError):
         parts = rows.train_test_split(fraction, stratify_by_column="labels", seed=seed)
     return {"train": parts["train"], "validation": parts["test"]}
 
@@ -603,8 +619,9 @@ def tokenize(splits: DatasetDict, tokenizer) -> DatasetDict:
 
 def load_tokenizer(args: RDropArguments):
     """The tokenizer, with the number of tokens to keep, by which pipelines will cut texts, too."""
-    with loading(args.model_name_or_path, HUB_HINT):
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    name = args.model_name_or_path
+    with loading(name, hint_for("--model_name_or_path", name)):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer(["two", "texts"], padding=True)  # raises where there is no padding token
     if not 0 < tokenizer.model_max_length < args.max_length:
         tokenizer.model_max_length = args.max_length
@@ -616,7 +633,7 @@ def load_tokenizer(args: RDropArguments):
 def load_model(args: ModelArguments, tokenizer, names: list[str]):
     """The encoder, in float32, with a new head for the classes `names`."""
     name = args.model_name_or_path
-    with loading(name, HUB_HINT):
+    with loading(name, hint_for("--model_name_or_path", name)):
         # without the flag, it asks on the terminal
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if args.config_overrides:
@@ -654,7 +671,8 @@ def dry_run(model, tokenizer, splits: DatasetDict, alpha: float):
         first, second = model(**batch).logits, model(**batch).logits
     model.eval()
     if alpha > 0 and first.equal(second):
-        logger.warning("The model has no dropout, which R-Drop needs: --config_overrides hidden_dropout_prob=0.1")
+        mend = "--config_overrides hidden_dropout_prob=0.1 (names as in its config.json)"
+        logger.warning(f"The model has no dropout: both passes are equal, R-Drop only costs. Set it: {mend}")
 
 
 # -----------------------------------------------------------------------------
@@ -723,7 +741,7 @@ def record_arguments(args: RDropArguments, checkpoint: Path | None):
     path = Path(args.output_dir, "arguments.json")
     with args.main_process_first(local=False):
         if args.process_index == 0 and not (checkpoint and path.exists()):
-            with loading(path, "Has another run just begun there?"), path.open("x") as file:
+            with loading(path, "Has another run just begun there?", OSError), path.open("x") as file:
                 json.dump(arguments, file, indent=2)
         if not path.exists():
             raise UserError(f"all machines must share --output_dir {args.output_dir}")
@@ -877,7 +895,7 @@ def main(argv=None) -> dict[str, float]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `loading` says it once
     checkpoint = find_checkpoint(args)
     for folder in (args.output_dir, args.logging_dir):
-        with loading(folder, "It must be a folder, or not there"):
+        with loading(folder, "It must be a folder, or not there", OSError):
             Path(folder).mkdir(parents=True, exist_ok=True)
 
     transformers.set_seed(args.seed)  # before the new head is drawn
@@ -893,7 +911,7 @@ def main(argv=None) -> dict[str, float]:
     with args.main_process_first():
         splits = tokenize(splits, tokenizer)
     dry_run(model, tokenizer, splits, args.rdrop_alpha)
-    with loading("what the flags ask for"):
+    with loading("what the flags ask for", "", (ValueError, ImportError, OSError, RuntimeError)):
         trainer = build_trainer(args, model, tokenizer, splits, positive)
         say_start(args, trainer, checkpoint)
 

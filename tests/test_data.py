@@ -4,6 +4,7 @@ import ast
 import json
 import re
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from tiny_imdb import NEUTRAL, OPINION, make_reviews
 from transformers import AutoTokenizer, pipeline
 
+import train_rdrop
 from train_rdrop import UserError, load_splits, parse_args
 
 GOOD = ["a fine film,1", "a dull film,0", "so fine,1", "so dull,0"]
@@ -462,11 +464,15 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
         {"train.csv": [], "test.csv": GOOD},
         ["cannot load data, split 'train' (ValueError: it holds no rows)"],
     ),
-    "ragged csv": (FILES, {"train.csv": [*GOOD, "a,b,c,d"], "test.csv": GOOD}, ["line 6 has more or fewer fields"]),
+    "ragged csv": (
+        FILES,
+        {"train.csv": [*GOOD, "a,b,c,d"], "test.csv": GOOD},
+        ["train.csv, near line 6: more or fewer fields"],
+    ),
     "ragged split": (
         "",
         {"train.csv": [*GOOD, "a"], "test.csv": GOOD},
-        ["data, split 'train' (Error: line 6 has more or fewer fields", "--quoting none"],
+        ["data, split 'train' (Error: train.csv, near line 6: more or fewer fields", "--quoting none"],
     ),
     "files of two kinds": (
         "",
@@ -476,7 +482,7 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
     "comma that is not quoted": (
         FILES,
         {"train.csv": ["dull, and so,0", "fine, and so,1"], "test.csv": GOOD},
-        ["cannot load data/train.csv (Error: line 2 has more or fewer fields", "csv with commas"],
+        ["cannot load data/train.csv (Error: train.csv, near line 2: more or fewer fields", "csv with commas"],
     ),
     "latin-1 csv": (FILES, {"train.csv": [*GOOD, LATIN], "test.csv": GOOD}, ["data/train.csv (Uni", "UTF-8"]),
     "latin-1 test file": (FILES, {"train.csv": GOOD, "test.csv": [LATIN]}, ["data/test.csv (Uni", "UTF-8"]),
@@ -555,7 +561,7 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
     "quote never closed": (
         FILES,
         {"train.csv": GOOD, "test.csv": [*GOOD, '"so so,0', *GOOD]},
-        ["cannot load data/test.csv (Error: unexpected end of data", "--quoting none"],
+        ["cannot load data/test.csv (Error: test.csv, near line 5: unexpected end of data", "--quoting none"],
     ),
     "two columns of one name": (
         "--train_file data/none.csv --validation_fraction 0.5",
@@ -625,3 +631,17 @@ def test_message_shows_as_many_columns_and_classes_as_fit_a_line(load, tmp_path)
     with pytest.raises(UserError, match=r"test has labels \['0', '1'\], train only \['class0', 'class1', ") as error:
         load("--train_file", classes, "--test_file", write_csv(tmp_path / "test.csv", ["a,class1"] * 4 + GOOD))
     assert len(str(error.value)) < 600
+
+
+def test_bug_in_the_reading_of_data_is_not_taken_for_a_mistake_of_the_user(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_rdrop, "label_name", lambda value, feature: {}[value])
+    file = write_csv(tmp_path / "rows.csv", [*GOOD, "not read before,1"])
+    with pytest.raises(datasets.exceptions.DatasetGenerationError) as error:
+        load("--train_file", file, "--test_file", file)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_quote_that_ends_amid_a_field_is_named_with_its_line(load, tmp_path):
+    file = write_csv(tmp_path / "rows.csv", [*GOOD, '"so" fine,1'])
+    with pytest.raises(UserError, match=r"\(Error: rows.csv, near line 5: '.' expected after .*--quoting none"):
+        load("--train_file", file, "--test_file", file)

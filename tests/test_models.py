@@ -168,7 +168,7 @@ def test_model_without_its_weights_is_refused(start, tmp_path):
     file.write_bytes(file.read_bytes()[:999])
     refused = {
         "none": ["cannot load none (OSError: ", "model.safetensors"],
-        "cut": ["cannot load cut (SafetensorError: ", "a complete local folder"],
+        "cut": ["cannot load cut (SafetensorError: ", "Is the folder of --model_name_or_path complete?"],
     }
     for name, words in refused.items():
         start("--model_name_or_path", name, *SHORT).wait().assert_one_line(2, *words)
