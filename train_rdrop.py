@@ -481,7 +481,8 @@ def find_split(split: str, args: DataArguments):
     names = show([os.path.basename(path) for path in files[there]])
     shards = {re.sub(r"-\d+(?=-of-\d+)", "", path) for path in files[there]}
     if os.path.isdir(name) and len(shards) > 1:
-        raise UserError(f"{name} has several files for {there}, {names}: name one by --{split}_file")
+        ways = "name one file of each split by --train_file, --validation_file and --test_file"
+        raise UserError(f"{name} has several files for {there}, {names}: {ways}")
     say(f"{split} is read from {names}")
     return what, builder, there
 
