@@ -54,7 +54,7 @@ logger = logging.getLogger("train_rdrop")
 short = reprlib.Repr()
 short.maxstring, short.maxother, short.maxlist, short.maxdict = 60, 60, 20, 20
 show = short.repr  # users' values: quoted, cut, and without terminal escapes
-METRICS = ("accuracy", "f1", "auc", "loss")  # of each evaluation; the best model has the best of one
+METRICS = ("accuracy", "f1", "auc", "loss")  # of `compute_metrics`, in flags, last lines and HPARAMS
 REPORT = "classification_report.txt"
 
 
@@ -255,7 +255,9 @@ class RDropLoss(torch.nn.Module):
 
 def split_by_length(inputs, buckets: int, multiple_of: int = 1):
     """A batch, padded on the right, in parts of like length, each cut to its longest, and the way back to its order."""
-    lengths = inputs["attention_mask"].sum(dim=-1).cpu()
+    mask = inputs["attention_mask"]
+    positions = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
+    lengths = (mask * positions).amax(dim=-1).cpu()  # to the last token, also where padding is on the left
     order = lengths.argsort(stable=True)
     parts = []
     for rows in order.chunk(buckets):
@@ -268,7 +270,8 @@ class RDropTrainer(Trainer):
     """A `Trainer` whose training steps run the model twice (once if `alpha` is 0) and take `RDropLoss`.
 
     Label smoothing is `args.label_smoothing_factor`. With `length_buckets` above 1 a training batch is run in so many
-    parts of like length, padded less; the loss stays one mean over the batch. All other arguments are `Trainer`'s.
+    parts of like length, padded less; the loss stays one mean over the batch. Batches hold `labels` and, for buckets,
+    `attention_mask` and tensors (batch, tokens) alone. Other arguments are `Trainer`'s; it ignores `compute_loss_func`.
     The log shows `ce` and `kl`, the terms of the training loss, as means since the last log over all processes;
     a training loss that is not finite raises `FloatingPointError` there.
     """
@@ -298,7 +301,7 @@ class RDropTrainer(Trainer):
             # dropout draws other masks
             logits2 = torch.cat([model(**part).logits for part in parts])[back]
 
-        # as RDropLoss.forward, but logged
+        # both terms are logged: so `RDropLoss.terms`, where a change of the loss belongs, and not `forward`
         ce, kl = self.rdrop_loss.terms(logits1, logits2, labels)
         loss = ce + self.rdrop_loss.alpha * kl
         if model.training:
@@ -343,11 +346,12 @@ def compute_metrics(eval_pred, positive: int = 1) -> dict[str, float]:
     metrics = {"accuracy": accuracy_score(labels, predictions)}
     if classes == 2:
         metrics["f1"] = f1_score(labels, predictions, pos_label=positive, zero_division=0)
-        labels, probabilities = labels == positive, probabilities[:, positive]
+        present, scores = labels == positive, probabilities[:, positive]
     else:
         metrics["f1"] = f1_score(labels, predictions, average="macro", zero_division=0)
+        present, scores = labels, probabilities
     if len(np.unique(labels)) == classes:
-        metrics["auc"] = roc_auc_score(labels, probabilities, multi_class="ovr")
+        metrics["auc"] = roc_auc_score(present, scores, multi_class="ovr")
     return metrics
 
 
@@ -512,9 +516,10 @@ def load_rows(what, builder, there, args: DataArguments):
             feature = source.features[columns["label"]]
             records = ((record, 1) for record in source)
     with loading(what, FILE_HINT, FILE_ERRORS):  # another error is a bug of ours
-        # the key of the cache: contents, of this script, too; the Hub's paths hold the commit
+        # the key of the cache holds all that decides what is read; the Hub's paths hold the commit
         contents = [digest(path) if os.path.exists(path) else path for path in [*files, __file__]]
-        key = repr([columns, separator, args.quoting, feature, contents])
+        options = {**vars(builder.config), "name": None, "data_files": None, "data_dir": None}
+        key = repr([there, columns, args.quoting, feature, options, contents])
         rows = Dataset.from_generator(
             lambda: read_rows(records, columns, feature),
             features=Features(types),
@@ -810,7 +815,7 @@ def write_report(args, rows, output, positive, figures, about):
     print(f"{about}: {shown} ({what})")
     print(by_class if len(names) <= 20 else f"Each class: {REPORT}")
     if "tensorboard" in args.report_to:
-        # the HPARAMS tab shows the first five in alphabetical order
+        # of these, HPARAMS shows the first five by name, and the others by its check boxes
         settings = {"alpha": args.rdrop_alpha, "smoothing": args.label_smoothing_factor, "figures": about}
         settings |= {"learning_rate": args.learning_rate, "epochs": args.num_train_epochs, "seed": args.seed}
         settings |= {"model": args.model_name_or_path, "data": args.train_file or args.dataset_name}

@@ -11,7 +11,7 @@ import transformers
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, TrainerCallback
 
-from train_rdrop import RDropArguments, RDropLoss, RDropTrainer
+from train_rdrop import RDropArguments, RDropLoss, RDropTrainer, split_by_length
 
 LENGTHS = [5, 40, 17, 9, 33, 12, 5, 28, 50, 7, 21, 14, 62, 11, 26, 8]
 WIDTHS = {  # a batch of these lengths: rows and tokens of a row of each part
@@ -129,6 +129,12 @@ def test_parts_are_cut_to_their_longest_text(build, buckets):
 def test_fewer_tokens_are_computed():
     tokens = {buckets: sum(rows * width for rows, width in parts) for buckets, parts in WIDTHS.items()}
     assert tokens == {1: 992, 2: 608, 4: 448, 16: 348, 5: 448}
+
+
+def test_batches_that_a_collator_pads_on_the_left_lose_no_token():
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
+    parts, back = split_by_length({"attention_mask": mask, "input_ids": mask * torch.arange(1, 5)}, 2)
+    assert torch.cat([part["input_ids"] for part in parts])[back].equal(mask * torch.arange(1, 5))
 
 
 def test_evaluation_runs_whole_batches(build):

@@ -145,6 +145,20 @@ def test_path_with_brackets_and_a_file_changed_under_its_old_time(tmp_path, kind
             assert rows["text"][:] == texts
 
 
+def test_configurations_of_one_file_are_read_apart(tmp_path):
+    """The folder's README.md draws two data sets from the same file: the second is not the first, from the cache."""
+    rows = {"text": [f"text {i}" for i in range(10)], "label": [0, 1] * 5, "lang": ["en"] * 6 + ["de"] * 4}
+    pd.DataFrame(rows).to_parquet(tmp_path / "all.parquet")
+    lines = ["---", "configs:"]
+    for lang in ("en", "de"):
+        lines += [f"- config_name: {lang}", "  data_files: all.parquet", f'  filters: [[lang, "==", {lang}]]']
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---", ""]))
+    for lang, texts in (("en", rows["text"][:6]), ("de", rows["text"][6:])):
+        args = DataArguments(dataset_name=str(tmp_path), dataset_config_name=lang, validation_fraction=0.5)
+        splits = load_splits(args)
+        assert sorted(splits["train"]["text"][:] + splits["validation"]["text"][:]) == texts
+
+
 # ------------------------------------------------------------------------------------------------------------- order
 def test_class_order_is_the_same_in_every_process(tmp_path):
     """It would be one of 48, if it were that of a set, which the hash seed decides."""
