@@ -166,8 +166,10 @@ class RDropArguments(TrainingFlags, MethodArguments, DataArguments, ModelArgumen
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} must be more than 0, not {value}")
-        if min(self.seed, self.dataloader_num_workers) < 0:
-            raise ValueError("--seed and --dataloader_num_workers must be at least 0")
+        if min(self.learning_rate, self.dataloader_num_workers) < 0:
+            raise ValueError("--learning_rate and --dataloader_num_workers must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be in [0, 2 ** 32), not {self.seed}")
         if len({self.text_column, self.label_column, self.text_pair_column}) < 3:
             raise ValueError("--text_column, --label_column and --text_pair_column must differ")
         if self.validation_split == self.test_split != "none":
@@ -637,7 +639,7 @@ def load_tokenizer(args: RDropArguments):
 
 
 def load_model(args: ModelArguments, tokenizer, names: list[str]):
-    """The encoder, in float32, with a new head for the classes `names`."""
+    """The encoder, in float32, with a head for the classes `names`: a new one, if it has none of this size."""
     name = args.model_name_or_path
     with loading(name, hint_for("--model_name_or_path", name)):
         # without the flag, it asks on the terminal
@@ -741,7 +743,10 @@ def record_arguments(args: RDropArguments, checkpoint: Path | None):
         changed = [name for name in arguments if arguments[name] != before.get(name)]
         changes = [f"{name} {show(before.get(name))} -> {show(arguments[name])}" for name in changed]
         if not before:
+            changed = []
             changes = ["unknown, for its arguments.json is missing or damaged"]
+        if args.load_best_model_at_end and "metric_for_best_model" in changed:
+            raise UserError("the checkpoint's best model is by another --metric_for_best_model: resume with that")
         if changes:
             logger.warning(f"Resuming {checkpoint} with other flags: {', '.join(changes)}")
     path = Path(args.output_dir, "arguments.json")
@@ -829,18 +834,19 @@ def write_report(args, rows, output, positive, figures, about):
 
 def finish(trainer, args, splits, positive, results):
     """Save the best model and evaluate it; all figures are added to `results`."""
-    if not args.push_to_hub:  # which saves, too; and `save_model` would push
-        trainer.save_model()
     # group_by_length would shuffle the rows of evaluations
     args.train_sampling_strategy = "random"
     state = trainer.state
     best = args.load_best_model_at_end and state.best_model_checkpoint
     if best and not any(Path(best).glob("*model*")):
         raise FileNotFoundError(f"the best checkpoint, {best}, holds no model any more")
+    if not args.push_to_hub:  # which saves, too; `save_model` would push before there are figures
+        trainer.save_model()
     step = state.best_global_step if best else state.global_step
     epoch = next((log["epoch"] for log in state.log_history if log["step"] == step), state.epoch)
     say(f"\n{'best' if best else 'last'}: epoch {epoch:g}, checkpoint-{step}, now in {args.output_dir}")
-    _, *evaluated = splits  # the first of them chose the checkpoint
+    # the first of them chose the checkpoint
+    evaluated = [split for split in ("validation", "test") if split in splits]
     for prefix, split in zip(("eval", "test"), evaluated, strict=False):
         # `predict` adds no point to the curves, which show the models in training
         output = trainer.predict(splits[split], metric_key_prefix=prefix)
@@ -895,6 +901,8 @@ def main(argv=None) -> dict[str, float]:
     # older ones ignore `loss_is_scaled_for_ga`
     transformers.utils.check_min_version("5.23.0")
     args = parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) != args.world_size:
+        raise UserError("the launcher's processes find no GPU, or too few: on CPUs, add --use_cpu")
     logger.disabled = not args.should_log  # of several processes, one speaks
     transformers.utils.logging.disable_progress_bar()  # of loading and writing weights
     transformers.utils.logging.set_verbosity_error()  # without reports of loading

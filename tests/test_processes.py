@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tiny_imdb
+import torch
 from conftest import SCRIPT, assert_same_end, newest_checkpoint, predictions, scalars
 from safetensors.torch import load_file
 
@@ -126,6 +127,16 @@ def test_all_processes_wait_for_the_first_to_save(start_two, tmp_path):
     assert second.wait().status == 0, second.err
     assert (tmp_path / "saved").exists(), "a launcher would have killed the first"
     assert first.wait().status == 0, first.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="each process has a GPU")
+def test_processes_without_a_gpu_are_not_runs_of_their_own(start, argv, tmp_path):
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    base = [flag for flag in argv if flag != "--use_cpu"]
+    runs = [start(*TINY, base=base, env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    assert [run.wait().status for run in runs] == [2, 2]
+    runs[0].assert_one_line(2, "find no GPU", "--use_cpu")
+    assert not (tmp_path / "results_rdrop").exists()
 
 
 def test_machines_that_do_not_share_the_output_folder_end_in_one_line(start_two, tmp_path):

@@ -60,6 +60,12 @@ def warnings(run):
     return [line for line in run.err.splitlines() if "other flags" in line]
 
 
+def test_best_of_another_metric_is_not_compared(resume):
+    """Trainer would hold the accuracies of the epochs to come against the best F1."""
+    run = resume("--num_train_epochs", "3", "--metric_for_best_model", "accuracy").wait()
+    run.assert_one_line(2, "by another --metric_for_best_model")
+
+
 def test_changed_flags_are_said_in_one_warning_with_both_values(resume):
     odd = f"\x1b[31m{'long' * 99}"
     run = resume("--seed", "7", "--learning_rate", "1e-4", "--max_train_samples", "100", "--run_name", odd).wait()
