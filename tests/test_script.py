@@ -13,7 +13,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, Run, assert_same_end, predictions, scalars
+from conftest import PRELUDES, ROOT, SCRIPT, Run, assert_same_end, predictions, scalars
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, classification_report, f1_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -401,9 +401,8 @@ def test_group_by_length_and_accumulation_and_bf16_run(start):
 def test_unreachable_hub_ends_in_one_line(tmp_path):
     """The script without flags. huggingface_hub waits 23 s between its tries; here its sleep is short."""
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    code = "import runpy, sys, time; sleep = time.sleep; time.sleep = lambda seconds: sleep(seconds / 100)"
-    code += "; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    run = subprocess.run([sys.executable, "-c", code, SCRIPT], cwd=tmp_path, env=env, capture_output=True, text=True)
+    command = [sys.executable, PRELUDES / "impatient.py", SCRIPT]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
     words = ("FacebookAI/roberta-base", "HF_ENDPOINT", "local folder", "http://127.0.0.1:9")
     assert all(word in run.stderr for word in words), run.stderr

@@ -159,9 +159,10 @@ def fitted_temperature(logits, labels):
 
 def calibration_error(p, labels, bins=15):
     """Expected calibration error of probabilities (n, classes): bins of equal mass by the confidence in the answer."""
-    by_confidence = np.argsort(p.max(axis=-1), kind="stable")
-    right = (p.argmax(axis=-1) == labels).astype(float)
-    gaps = [abs(np.sum(right[rows] - p[rows].max(axis=-1))) for rows in np.array_split(by_confidence, bins)]
+    confidence = p.max(axis=-1)
+    overconfidence = confidence - (p.argmax(axis=-1) == labels)
+    by_confidence = np.argsort(confidence, kind="stable")
+    gaps = [abs(overconfidence[rows].sum()) for rows in np.array_split(by_confidence, bins)]
     return float(np.sum(gaps) / len(labels))
 
 
