@@ -48,7 +48,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from sklearn.metrics import accuracy_score, classification_report, f1_score, roc_auc_score
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
-from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 logger = logging.getLogger("train_rdrop")
 short = reprlib.Repr()
@@ -166,8 +166,9 @@ class RDropArguments(TrainingFlags, MethodArguments, DataArguments, ModelArgumen
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} must be more than 0, not {value}")
-        if min(self.learning_rate, self.dataloader_num_workers) < 0:
-            raise ValueError("--learning_rate and --dataloader_num_workers must be at least 0")
+        for name in ("learning_rate", "dataloader_num_workers", "early_stopping_patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be in [0, 2 ** 32), not {self.seed}")
         if len({self.text_column, self.label_column, self.text_pair_column}) < 3:
@@ -385,6 +386,12 @@ def hint_for(flag: str, name: str) -> str:
 FILE_HINT = "UTF-8? csv with commas, tsv with tabs, with a header line? json with records?"
 FILE_HINT += " --text_column, --label_column, --quoting none?"
 FILE_ERRORS = (OSError, ValueError, EOFError, csv.Error, zlib.error)
+
+
+def data_hint(args: DataArguments) -> str:
+    return FILE_HINT if args.train_file else hint_for("--dataset_name", args.dataset_name)
+
+
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -397,6 +404,15 @@ def check_columns(columns, there):
             raise ValueError(f"{count} {show(name)}, only {show(there)}")
 
 
+def read_json_lines(file):
+    for number, line in enumerate(file, start=1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+
+
 def read_file(path, columns, separator, quoting):
     """Yield the records of a csv file (with a `separator`) or a json file as it spells them, and the lines of each."""
     open_file = gzip.open if path.lower().endswith(".gz") else open
@@ -404,7 +420,7 @@ def read_file(path, columns, separator, quoting):
         if separator is None:
             is_list = file.read(1000).lstrip().startswith("[")
             file.seek(0)
-            records = json.load(file) if is_list else map(json.loads, filter(str.strip, file))
+            records = json.load(file) if is_list else read_json_lines(file)
             yield from ((record, 1) for record in records)
             return
         csv.field_size_limit(2**31 - 1)  # characters of a text; the default is 2 ** 17
@@ -477,7 +493,7 @@ def find_split(split: str, args: DataArguments):
     elif os.path.isdir(folder) and glob.has_magic(folder):
         # `datasets` takes its name as a pattern
         options["data_dir"] = os.path.relpath(glob.escape(folder), folder)
-    with loading(what, FILE_HINT if args.train_file else hint_for("--dataset_name", name)):
+    with loading(what, data_hint(args)):
         builder = datasets.load_dataset_builder(name, **options)
     files = builder.config.data_files
     if there not in files:
@@ -501,7 +517,7 @@ def load_rows(what, builder, there, args: DataArguments):
     types = {ours: Value("string") for ours in columns} | {"row": Value("int64"), "lines": Value("int64")}
     files, feature = list(builder.config.data_files[there]), None
     separator = getattr(builder.config, "sep", None)
-    with loading(what, FILE_HINT if args.train_file else hint_for("--dataset_name", args.dataset_name)):
+    with loading(what, data_hint(args)):
         if builder.info.features is None and builder.name in ("csv", "json"):
             # the library would guess types
             paths = map(str, datasets.DownloadManager().download(files))
@@ -647,6 +663,7 @@ def load_model(args: ModelArguments, tokenizer, names: list[str]):
         if args.config_overrides:
             with loading(f"--config_overrides {args.config_overrides}", "Give key=value,..."):
                 config.update_from_string(args.config_overrides)
+        trained_for = list(config.id2label.values())
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
         config.problem_type = "single_label_classification"  # pipelines read it
@@ -660,6 +677,8 @@ def load_model(args: ModelArguments, tokenizer, names: list[str]):
         )
     new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
     say(f"new weights, drawn with the seed: {show(sorted(new))}")
+    if not new and trained_for != names and trained_for[0] != "LABEL_0":
+        logger.warning(f"The model's head is kept: what it calls {show(trained_for)} is now {show(names)}.")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return model
@@ -695,15 +714,20 @@ def read_json(path: Path) -> dict:
         return {}
 
 
+def first_arguments(checkpoint: Path) -> dict:
+    """The flags with which the run of a checkpoint began; nothing, where they are missing or damaged."""
+    return read_json(checkpoint.resolve().with_name("arguments.json"))
+
+
 def complete_checkpoints(folders, processes: int) -> list[Path]:
     """Those of `folders`, by their steps, in which all processes have saved all: Trainer would do without some."""
     complete = {}
     for folder in folders:
         state = read_json(folder / "trainer_state.json")  # written last
-        arguments = read_json(folder.resolve().with_name("arguments.json"))
+        saved_by = first_arguments(folder).get("world_size", processes)
         # of a single process, or one of each
         random_states = {path.name for path in folder.glob("rng_state*.pth")}
-        of_all = len(random_states) >= min(processes, arguments.get("world_size", processes))
+        of_all = len(random_states) >= min(processes, saved_by)
         parts = [any(folder.glob(name)) for name in ("*model*", "optimizer*", "scheduler.pt")]
         if state and all(parts) and (of_all or "rng_state.pth" in random_states):
             complete[folder] = state["global_step"]
@@ -715,23 +739,48 @@ def complete_checkpoints(folders, processes: int) -> list[Path]:
 def find_checkpoint(args: RDropArguments) -> Path | None:
     """The checkpoint to resume from, if any. A new run must not find the files of another in its output folder."""
     output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
-    complete = here = complete_checkpoints(output_dir.glob("checkpoint-*"), args.world_size)
-    if asked and asked != "last":
-        complete = complete_checkpoints([Path(asked)], args.world_size)
+    here = complete_checkpoints(output_dir.glob("checkpoint-*"), args.world_size)
+    checkpoint = None
     if asked:
+        complete = here if asked == "last" else complete_checkpoints([Path(asked)], args.world_size)
         if not complete:
             raise UserError(f"nothing to resume from: no complete checkpoint ({asked})")
-        best = read_json(complete[-1] / "trainer_state.json")["best_model_checkpoint"]
-        if args.load_best_model_at_end and best and not os.path.isdir(best):
-            raise UserError(f"the best checkpoint, {best}, is missing: move it back, or --load_best_model_at_end false")
-        if complete[-1].resolve().parent == output_dir.resolve():
-            return complete[-1]
+        checkpoint = complete[-1].resolve()
+        if checkpoint.parent == output_dir.resolve():
+            return output_dir / checkpoint.name
     for pattern in ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "predictions.csv", REPORT):
         if any(output_dir.glob(pattern)):
             ways = "choose another --output_dir, or remove the folder"
             ways += ", or --resume_from_checkpoint last" if here else ""
             raise UserError(f"{output_dir} holds an earlier run or a model ({pattern}): {ways}")
-    return complete[-1] if asked else None
+    return checkpoint
+
+
+def find_best(args: RDropArguments, checkpoint: Path) -> Path | None:
+    """The best checkpoint of the run of `checkpoint` so far, if any: beside it, or in the folder the run came from."""
+    metric = first_arguments(checkpoint).get("metric_for_best_model", args.metric_for_best_model)
+    if metric != args.metric_for_best_model:
+        raise UserError("the checkpoint's best model is by another --metric_for_best_model: resume with that")
+    state = read_json(checkpoint / "trainer_state.json")
+    best = state["best_model_checkpoint"]
+    if not best:
+        return None
+    for folder in (checkpoint.with_name(Path(best).name), Path(best)):
+        # another run may lie there by now: its log has another beginning
+        log = read_json(folder / "trainer_state.json").get("log_history")
+        if log and str(state["log_history"][: len(log)]) == str(log):
+            return folder
+    raise UserError(f"the best checkpoint, {best}, is missing: move it back, or --load_best_model_at_end false")
+
+
+class BestCheckpoint(TrainerCallback):
+    """Tells `Trainer`, which reads from a checkpoint where the best one was, where it is now."""
+
+    def __init__(self, best: Path):
+        self.best = best
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.best_model_checkpoint = str(self.best)
 
 
 def record_arguments(args: RDropArguments, checkpoint: Path | None):
@@ -739,16 +788,14 @@ def record_arguments(args: RDropArguments, checkpoint: Path | None):
     arguments = json.loads(args.to_json_string())
     arguments |= {"world_size": args.world_size, "resume_from_checkpoint": None}
     if checkpoint:
-        before = read_json(checkpoint.resolve().with_name("arguments.json"))
+        before = first_arguments(checkpoint)
         changed = [name for name in arguments if arguments[name] != before.get(name)]
         changes = [f"{name} {show(before.get(name))} -> {show(arguments[name])}" for name in changed]
         if not before:
-            changed = []
             changes = ["unknown, for its arguments.json is missing or damaged"]
-        if args.load_best_model_at_end and "metric_for_best_model" in changed:
-            raise UserError("the checkpoint's best model is by another --metric_for_best_model: resume with that")
         if changes:
-            logger.warning(f"Resuming {checkpoint} with other flags: {', '.join(changes)}")
+            kept = "learning rate, early stopping and steps between logs stay the checkpoint's"
+            logger.warning(f"Resuming {checkpoint} with other flags ({kept}): {', '.join(changes)}")
     path = Path(args.output_dir, "arguments.json")
     with args.main_process_first(local=False):
         if args.process_index == 0 and not (checkpoint and path.exists()):
@@ -767,7 +814,8 @@ def going_on(args: RDropArguments, checkpoint: Path | None):
         print(file=sys.stderr)  # ends the line of the progress bar
         here = complete_checkpoints(Path(args.output_dir).glob("checkpoint-*"), args.world_size)
         newest = here[-1] if here else checkpoint
-        note = "No checkpoint is complete: start anew."
+        saved = any(Path(args.output_dir).glob("*.safetensors"))
+        note = f"The trained model is in {args.output_dir}." if saved else "No checkpoint is complete: start anew."
         if isinstance(error, FloatingPointError):
             note = "Start anew with a lower --learning_rate: a resumed run keeps its own."
         elif newest:
@@ -776,7 +824,7 @@ def going_on(args: RDropArguments, checkpoint: Path | None):
         if isinstance(error, torch.OutOfMemoryError):
             error.add_note("Halve --per_device_train_batch_size, double --gradient_accumulation_steps")
             error.add_note("(the effective batch stays), or add --activation_checkpointing.")
-        if not here and args.process_index == 0:
+        if not here and not saved and args.process_index == 0:
             Path(args.output_dir, "arguments.json").unlink(missing_ok=True)
         raise
 
@@ -816,8 +864,8 @@ def write_report(args, rows, output, positive, figures, about):
     by_class = classification_report(labels, predicted, digits=4, zero_division=0, **shown)
     Path(args.output_dir, REPORT).write_text(by_class, encoding="utf-8")
     what = f"F1 and AUC of {show(names[positive])}" if len(names) == 2 else "macro F1 and AUC"
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    print(f"{about}: {shown} ({what})")
+    line = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    print(f"{about}: {line} ({what})")
     print(by_class if len(names) <= 20 else f"Each class: {REPORT}")
     if "tensorboard" in args.report_to:
         # of these, HPARAMS shows the first five by name, and the others by its check boxes
@@ -844,7 +892,8 @@ def finish(trainer, args, splits, positive, results):
         trainer.save_model()
     step = state.best_global_step if best else state.global_step
     epoch = next((log["epoch"] for log in state.log_history if log["step"] == step), state.epoch)
-    say(f"\n{'best' if best else 'last'}: epoch {epoch:g}, checkpoint-{step}, now in {args.output_dir}")
+    model = f"best: epoch {epoch:g}, {Path(best).name}" if best else f"last: epoch {epoch:g}, step {step}"
+    say(f"\n{model}, now in {args.output_dir}")
     # the first of them chose the checkpoint
     evaluated = [split for split in ("validation", "test") if split in splits]
     for prefix, split in zip(("eval", "test"), evaluated, strict=False):
@@ -858,7 +907,9 @@ def finish(trainer, args, splits, positive, results):
     trainer.save_state()
     if trainer.is_world_process_zero():
         figures = {name: metrics[f"{prefix}_{name}"] for name in METRICS if f"{prefix}_{name}" in metrics}
-        about = split if len(evaluated) > 1 else f"{split}, which also chose the checkpoint: optimistic"
+        chose = args.load_best_model_at_end or args.early_stopping_patience and args.eval_strategy != "no"
+        optimistic = chose and len(evaluated) == 1
+        about = f"{split}, which also chose the checkpoint: optimistic" if optimistic else split
         write_report(args, splits[split], output, positive, figures, about)
     if args.push_to_hub:
         on_hub = None if args.train_file or os.path.isdir(args.dataset_name) else args.dataset_name
@@ -873,7 +924,7 @@ def finish(trainer, args, splits, positive, results):
     say(f'Try it: pipeline("text-classification", {args.output_dir!r}, truncation=True)({text})')
 
 
-def build_trainer(args, model, tokenizer, splits, positive):
+def build_trainer(args, model, tokenizer, train, chooser, positive):
     """The trainer, with curves in a folder of their own and evaluations on the split that chooses."""
     run_name = f"{Path(args.output_dir).resolve().name}_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(args.logging_dir, run_name)
@@ -886,8 +937,8 @@ def build_trainer(args, model, tokenizer, splits, positive):
         model=model,
         args=args,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if in_eights else None),
-        train_dataset=splits["train"],
-        eval_dataset=splits.get("validation", splits.get("test")),
+        train_dataset=train,
+        eval_dataset=chooser,
         processing_class=tokenizer,
         compute_metrics=lambda eval_pred: compute_metrics(eval_pred, positive),
         callbacks=callbacks,
@@ -901,13 +952,14 @@ def main(argv=None) -> dict[str, float]:
     # older ones ignore `loss_is_scaled_for_ga`
     transformers.utils.check_min_version("5.23.0")
     args = parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) != args.world_size:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.parallel_mode.value != "distributed":
         raise UserError("the launcher's processes find no GPU, or too few: on CPUs, add --use_cpu")
     logger.disabled = not args.should_log  # of several processes, one speaks
     transformers.utils.logging.disable_progress_bar()  # of loading and writing weights
     transformers.utils.logging.set_verbosity_error()  # without reports of loading
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `loading` says it once
     checkpoint = find_checkpoint(args)
+    best = find_best(args, checkpoint) if checkpoint and args.load_best_model_at_end else None
     for folder in (args.output_dir, args.logging_dir):
         with loading(folder, "It must be a folder, or not there", OSError):
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -917,17 +969,22 @@ def main(argv=None) -> dict[str, float]:
     with args.main_process_first():  # the others find the result in the cache
         splits = load_splits(args, args.seed)
     names = splits["train"].features["labels"].names
+    id2label = {str(i): name for i, name in enumerate(names)}
+    if checkpoint and id2label != read_json(checkpoint / "config.json").get("id2label", id2label):
+        raise UserError(f"the checkpoint has other classes than the data, {show(names)}: begin a run of its own")
     positive = names.index(args.positive_label or names[1])
-    chooser = splits.get("validation", splits.get("test"))
-    if args.metric_for_best_model == "auc" and len(chooser.unique("labels")) < len(names):
+    chooser = "validation" if "validation" in splits else "test"
+    if args.metric_for_best_model == "auc" and len(splits[chooser].unique("labels")) < len(names):
         raise UserError("--metric_for_best_model auc is undefined: the split lacks a class")
     model = load_model(args, tokenizer, names)
     with args.main_process_first():
         splits = tokenize(splits, tokenizer)
     dry_run(model, tokenizer, splits, args.rdrop_alpha)
     with loading("what the flags ask for", "", (ValueError, ImportError, OSError, RuntimeError)):
-        trainer = build_trainer(args, model, tokenizer, splits, positive)
+        trainer = build_trainer(args, model, tokenizer, splits["train"], splits[chooser], positive)
         say_start(args, trainer, checkpoint)
+    if best:
+        trainer.add_callback(BestCheckpoint(best))
 
     record_arguments(args, checkpoint)
     with going_on(args, checkpoint):

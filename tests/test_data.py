@@ -548,6 +548,11 @@ DATA = {  # what is wrong: flags, files of the folder `data`, and what the line 
         {"train.csv": [*GOOD * 5, "so so,it is rare"]},
         ["class 'it is rare' has one row", "--validation_fraction"],
     ),
+    "broken line": (
+        "--train_file data/train.jsonl --validation_fraction 0.2",
+        {"train.jsonl": ['{"text": "a", "label": 1}', "", '{"text": "b" "label": 0}']},
+        ["data/train.jsonl (ValueError: line 3, column 14: Expecting ',' delimiter)"],
+    ),
     "columns, not records": (
         "--train_file data/train.json --validation_fraction 0.2",
         {"train.json": [pd.DataFrame({"text": ["a", "b"] * 5000, "label": [0, 1] * 5000}).to_json()]},

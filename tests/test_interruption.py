@@ -280,6 +280,12 @@ def test_out_of_gpu_memory_says_what_to_change_and_leaves_the_folder_free(start,
     assert again.status == 0, again.err
 
 
+def test_error_after_a_run_without_checkpoints_names_its_model(start, tmp_path):
+    run = start(*NO_EVAL, "--save_strategy", "no", *TINY, prelude="fail.py bug predict").wait()
+    run.assert_traceback("RuntimeError: a bug", "The trained model is in ./results_rdrop")
+    assert (tmp_path / "results_rdrop" / "arguments.json").exists()
+
+
 def test_disk_that_is_full_keeps_its_traceback_and_names_the_last_complete_checkpoint(start):
     run = start(*TWO, prelude="full_disk.py torch.save").wait()
     run.assert_traceback("No space left on device", "--resume_from_checkpoint results_rdrop/checkpoint-4")

@@ -123,6 +123,13 @@ def test_head_for_other_labels_is_replaced(start, tmp_path):
     assert config["id2label"] == {"0": "neg", "1": "pos"} and config["problem_type"] == "single_label_classification"
 
 
+def test_head_for_labels_of_other_names_is_kept_and_said(start, tmp_path):
+    tiny_imdb.write_model(tmp_path / "model", id2label={0: "pos", 1: "neg"})
+    run = start("--model_name_or_path", "model", *SHORT).wait()
+    assert run.status == 0 and run.json("config.json")["id2label"] == {"0": "neg", "1": "pos"}, run.err
+    assert "head is kept: what it calls ['pos', 'neg'] is now ['neg', 'pos']" in run.err
+
+
 def test_tokenizer_with_more_tokens_than_the_model_has(start, tmp_path):
     tiny_imdb.write_model(tmp_path / "model")
     tokenizer = tiny_imdb.make_tokenizer()

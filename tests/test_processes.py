@@ -130,10 +130,8 @@ def test_all_processes_wait_for_the_first_to_save(start_two, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="each process has a GPU")
-def test_processes_without_a_gpu_are_not_runs_of_their_own(start, argv, tmp_path):
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    base = [flag for flag in argv if flag != "--use_cpu"]
-    runs = [start(*TINY, base=base, env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+def test_processes_without_a_gpu_are_not_runs_of_their_own(start_two, argv, tmp_path):
+    runs = start_two(*TINY, base=[flag for flag in argv if flag != "--use_cpu"])
     assert [run.wait().status for run in runs] == [2, 2]
     runs[0].assert_one_line(2, "find no GPU", "--use_cpu")
     assert not (tmp_path / "results_rdrop").exists()

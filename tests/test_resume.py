@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import tiny_imdb
 from conftest import Run, assert_same_end
 from safetensors.torch import load_file
 
@@ -52,6 +53,7 @@ def test_each_epoch_groups_by_length_in_an_order_of_its_own(start):
     flags = (*SHORT, "--train_sampling_strategy", "group_by_length", "--eval_strategy", "no", "--save_strategy", "no")
     run = start(*flags, "--load_best_model_at_end", "false", prelude="show_batches.py").wait()
     assert run.status == 0, run.err
+    assert "last: epoch 2, step 16, now in ./results_rdrop" in run.out and "which also chose" not in run.out
     first, second = map(json.loads, re.findall("^TRAIN (.*)", run.out, re.M))
     assert first != second and sorted(first) == sorted(second) and len(first) == 120
 
@@ -135,12 +137,40 @@ def best_is_first(folder, best):
     path.write_text(json.dumps(state))
 
 
-def test_moved_run_whose_best_checkpoint_is_missing_is_refused_before_training(resume, tmp_path):
+@pytest.fixture
+def moved(resume, tmp_path):
+    """A run that was moved, its best checkpoint the first, and another run, one that goes on, where it was."""
     best_is_first(tmp_path / "results_rdrop", "results_rdrop/checkpoint-8")
     (tmp_path / "results_rdrop").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "results_rdrop")
+    state = tmp_path / "results_rdrop" / "checkpoint-8" / "trainer_state.json"
+    log, other = re.subn(r'("eval_runtime": )', r"\g<1>9", state.read_text())
+    assert other
+    state.write_text(log)
+    model = tmp_path / "results_rdrop" / "checkpoint-8" / "model.safetensors"
+    shutil.copy(tmp_path / "moved" / "checkpoint-16" / "model.safetensors", model)
+    return tmp_path / "moved"
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_moved_run_ends_with_its_own_best_model(resume, moved, epochs):
+    best = load_file(moved / "checkpoint-8" / "model.safetensors")
+    run = resume("--output_dir", moved, "--num_train_epochs", epochs).wait()
+    assert run.status == 0 and "best: epoch 1, checkpoint-8, now in" in run.out, run.err
+    saved = load_file(moved / "model.safetensors")
+    assert all(best[name].equal(saved[name]) for name in best)
+    kept = {path.name for path in moved.glob("checkpoint-*")}
+    assert kept == {"checkpoint-8", f"checkpoint-{8 * epochs}"}, "the best one survives newer ones"
+
+
+def test_moved_run_whose_best_checkpoint_is_missing_is_refused_before_training(resume, moved):
+    shutil.rmtree(moved / "checkpoint-8")
     run = resume("--output_dir", "moved").wait()
     run.assert_one_line(2, "the best checkpoint, results_rdrop/checkpoint-8, is missing", "--load_best_model_at_end")
     assert run.out == "", "nothing was loaded"
+    shutil.rmtree(moved.with_name("results_rdrop"))
+    run = resume("--output_dir", "moved").wait()
+    run.assert_one_line(2, "the best checkpoint, results_rdrop/checkpoint-8, is missing")
     run = resume("--output_dir", "moved", "--load_best_model_at_end", "false", "--num_train_epochs", "3").wait()
     assert run.status == 0 and "steps 16 to 24" in run.out, run.err
 
@@ -154,6 +184,21 @@ def test_run_that_goes_on_in_another_folder_keeps_its_best_model(start, finished
     best, saved = (load_file(tmp_path / folder / "model.safetensors") for folder in ("old/checkpoint-8", "new"))
     assert all(best[name].equal(saved[name]) for name in best)
     assert "best: epoch 1, checkpoint-8, now in new" in run.out and run.json("eval_results.json", "new")["epoch"] == 1
+
+
+def test_run_that_goes_on_from_another_working_directory_keeps_its_best_model(resume, tmp_path):
+    best_is_first(tmp_path / "results_rdrop", "results_rdrop/checkpoint-8")
+    (tmp_path / "elsewhere").mkdir()
+    flags = ("--num_train_epochs", "3", "--output_dir", "../results_rdrop")
+    run = resume(*flags, folder=tmp_path / "elsewhere").wait()
+    assert run.status == 0 and "best: epoch 1, checkpoint-8, now in ../results_rdrop" in run.out, run.err
+
+
+@pytest.mark.parametrize("labels", [("pos", "neg"), ("bad", "good"), ("neg", "pos", "so so")])
+def test_data_of_other_classes_are_refused(resume, tmp_path, labels):
+    tiny_imdb.write_data(tmp_path / "other", names=labels)
+    run = resume("--dataset_name", "other").wait()
+    run.assert_one_line(2, "the checkpoint has other classes than the data", repr(labels[-1]))
 
 
 def test_error_after_training_says_how_to_go_on(resume):

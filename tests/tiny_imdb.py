@@ -25,7 +25,7 @@ OPINION = (
 )
 
 
-def make_reviews(count, seed):
+def make_reviews(count, seed, names=("neg", "pos")):
     """`count` made-up reviews as a `Dataset` of `text` and `label`, half of them negative, sorted by label."""
     rng = random.Random(seed)
     labels = [int(i >= count // 2) for i in range(count)]
@@ -34,15 +34,15 @@ def make_reviews(count, seed):
         words = rng.choices(NEUTRAL, k=rng.randint(3, 50)) + rng.choices(OPINION[label], k=rng.randint(1, 4))
         rng.shuffle(words)
         texts.append(" ".join(words).capitalize() + ".")
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(names))})
     return Dataset.from_dict({"text": texts, "label": labels}, features=features)
 
 
-def write_data(folder, train=400, test=100):
+def write_data(folder, train=400, test=100, **options):
     """Write `train.parquet` and `test.parquet` with so many made-up reviews into `folder`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    make_reviews(train, seed=1).to_parquet(Path(folder, "train.parquet"))
-    make_reviews(test, seed=2).to_parquet(Path(folder, "test.parquet"))
+    make_reviews(train, seed=1, **options).to_parquet(Path(folder, "train.parquet"))
+    make_reviews(test, seed=2, **options).to_parquet(Path(folder, "test.parquet"))
 
 
 def make_tokenizer(model_max_length=64):
