@@ -20,6 +20,7 @@ Contents: arguments, R-Drop (loss and trainer), metrics, data, model, checkpoint
 """
 
 import csv
+import gc
 import glob
 import gzip
 import hashlib
@@ -998,6 +999,8 @@ def main(argv=None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    # imports leave objects whose __del__ would swallow a Ctrl-C, when Trainer begins with a gc.collect
+    gc.freeze()
     try:
         main()
     except UserError as error:

@@ -5,10 +5,13 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import Run, assert_same_end, newest_checkpoint, wait_for
+from conftest import SCRIPT, Run, assert_same_end, newest_checkpoint, wait_for
 
 from train_rdrop import RDropArguments
 
@@ -199,6 +202,19 @@ def test_ctrl_c_in_training_ends_in_one_line_with_the_way_on(start, tmp_path, mo
     nothing = moment == "step 3"
     assert ("--resume_from_checkpoint results_rdrop" in run.said[0]) != nothing
     assert (tmp_path / "results_rdrop" / "arguments.json").exists() != nothing, "freed, if nothing is there to go on"
+
+
+def test_ctrl_c_just_after_the_start_lines_is_not_lost(start, argv, tmp_path):
+    """In a Python of its own, and with data from the cache: else what imports leave is gone by then."""
+    assert start("--num_train_epochs", "1", "--output_dir", "earlier").wait().status == 0
+    command, pipe = [sys.executable, SCRIPT, *argv, "--num_train_epochs", "2"], subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as run:
+        while "effective batch" not in run.stdout.readline():
+            assert run.poll() is None, run.stderr.read()
+        time.sleep(0.1)  # Trainer begins
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate()
+    assert run.returncode == 130 and "\ntrain_rdrop.py: interrupted." in err, err
 
 
 def test_ctrl_c_before_training_ends_in_one_line(start, tmp_path):
