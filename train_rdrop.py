@@ -59,6 +59,11 @@ METRICS = ("accuracy", "f1", "auc", "loss")  # of `compute_metrics`, in flags, l
 REPORT = "classification_report.txt"
 
 
+def say(message: str):
+    """Print, in one of several processes."""
+    PartialState().print(message, flush=True)
+
+
 class UserError(Exception):
     """A mistake in flags, files or names. Its message is all that the user sees; other errors keep their traceback."""
 
@@ -151,6 +156,10 @@ class TrainingFlags(TrainingArguments):
 class RDropArguments(TrainingFlags, MethodArguments, DataArguments, ModelArguments):
     """All flags in one object. Values that cannot be had raise `ValueError`."""
 
+    @property
+    def stops_early(self) -> bool:
+        return self.early_stopping_patience > 0 and self.eval_strategy != "no"
+
     def __post_init__(self):
         on_cuda = torch.cuda.is_available() and not self.use_cpu
         launched_as = os.environ.get("ACCELERATE_MIXED_PRECISION")  # by `accelerate launch`
@@ -198,9 +207,8 @@ RENAMED = {
 def parse_args(argv=None) -> RDropArguments:
     """Read the command line (or `argv`, strings); a mistake in it ends the process with status 2, as argparse does."""
     groups = [ModelArguments, DataArguments, MethodArguments, TrainingFlags]
-    parser = HfArgumentParser(
-        groups, allow_abbrev=False, usage="%(prog)s [--flag value ...]   (--help lists all flags)"
-    )
+    usage = "%(prog)s [--flag value ...]   (--help lists all flags)"
+    parser = HfArgumentParser(groups, allow_abbrev=False, usage=usage)
     parser.set_defaults(**RECIPE, do_train=True)
     values, unknown = parser.parse_known_args(argv)
     if unknown:  # without their values, which may be tokens
@@ -309,6 +317,7 @@ class RDropTrainer(Trainer):
         ce, kl = self.rdrop_loss.terms(logits1, logits2, labels)
         loss = ce + self.rdrop_loss.alpha * kl
         if model.training:
+            # a micro-batch is its share of a step
             terms = torch.stack([ce.detach(), kl.detach(), torch.ones_like(ce)])
             self.sums += terms / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, {"logits": logits1}) if return_outputs else loss
@@ -347,15 +356,13 @@ def compute_metrics(eval_pred, positive: int = 1) -> dict[str, float]:
     predictions = logits.argmax(dim=-1).numpy()
     probabilities = logits.double().softmax(dim=-1).numpy()
     classes = probabilities.shape[-1]
-    metrics = {"accuracy": accuracy_score(labels, predictions)}
-    if classes == 2:
-        metrics["f1"] = f1_score(labels, predictions, pos_label=positive, zero_division=0)
-        present, scores = labels == positive, probabilities[:, positive]
-    else:
-        metrics["f1"] = f1_score(labels, predictions, average="macro", zero_division=0)
-        present, scores = labels, probabilities
+    average = "binary" if classes == 2 else "macro"
+    f1 = f1_score(labels, predictions, average=average, pos_label=positive, zero_division=0)
+    metrics = {"accuracy": accuracy_score(labels, predictions), "f1": f1}
     if len(np.unique(labels)) == classes:
-        metrics["auc"] = roc_auc_score(present, scores, multi_class="ovr")
+        if classes == 2:
+            labels, probabilities = labels == positive, probabilities[:, positive]
+        metrics["auc"] = roc_auc_score(labels, probabilities, multi_class="ovr")
     return metrics
 
 
@@ -369,7 +376,7 @@ def loading(what: str, hint: str = "", errors=Exception):
     try:
         yield
     except Exception as error:
-        cause = error.__cause__ or error  # datasets wraps errors into its own
+        cause = error.__cause__ or error  # datasets wraps errors
         if isinstance(cause, UserError):
             raise cause from None
         if not isinstance(error, errors) and not isinstance(cause, errors):
@@ -377,22 +384,16 @@ def loading(what: str, hint: str = "", errors=Exception):
         raise UserError(f"cannot load {what} ({type(cause).__name__}: {cause}). {hint}") from None
 
 
-def hint_for(flag: str, name: str) -> str:
+def hint_for(option: str, name: str) -> str:
     if os.path.isdir(name):
-        return f"Is the folder of {flag} complete?"
+        return f"Is the folder of {option} complete?"
     mirror = f"HF_ENDPOINT, now {os.environ.get('HF_ENDPOINT')}, names a mirror"
-    return f"{flag} takes a local folder or a Hub id, owner/name ({mirror}). Without a Hub: tests/tiny_imdb.py"
+    return f"{option} takes a local folder or a Hub id, owner/name ({mirror}). Without a Hub: tests/tiny_imdb.py"
 
 
 FILE_HINT = "UTF-8? csv with commas, tsv with tabs, with a header line? json with records?"
 FILE_HINT += " --text_column, --label_column, --quoting none?"
 FILE_ERRORS = (OSError, ValueError, EOFError, csv.Error, zlib.error)
-
-
-def data_hint(args: DataArguments) -> str:
-    return FILE_HINT if args.train_file else hint_for("--dataset_name", args.dataset_name)
-
-
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -407,11 +408,13 @@ def check_columns(columns, there):
 
 def read_json_lines(file):
     for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                yield json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+        yield record
 
 
 def read_file(path, columns, separator, quoting):
@@ -424,10 +427,10 @@ def read_file(path, columns, separator, quoting):
             records = json.load(file) if is_list else read_json_lines(file)
             yield from ((record, 1) for record in records)
             return
-        csv.field_size_limit(2**31 - 1)  # characters of a text; the default is 2 ** 17
+        csv.field_size_limit(2**31 - 1)  # the default is 2 ** 17
         quotes = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
         reader = csv.DictReader(file, delimiter=separator, quoting=quotes, strict=True)
-        check_columns(columns, list(reader.fieldnames or []))
+        check_columns(columns, reader.fieldnames or [])
         try:
             for record in reader:
                 if None in record or None in record.values():
@@ -447,7 +450,7 @@ def label_name(value, feature) -> str | None:
     if isinstance(feature, ClassLabel):
         return feature.int2str(value) if value >= 0 else None
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas makes floats of integers where a field is empty
+        value = int(value)  # pandas makes floats where a field is empty
     if not isinstance(value, (str, int)):
         raise ValueError(f"labels are integers or strings, one a text, not {show(value)}")
     return str(value).strip() or None
@@ -455,20 +458,20 @@ def label_name(value, feature) -> str | None:
 
 def read_rows(records, columns, feature):
     """Yield each record's texts, label (none, where a text is missing), row (counted from 0) and lines."""
-    there = {}
+    seen = {}
     for number, (record, lines) in enumerate(records):
         if not isinstance(record, dict):
             raise ValueError(f"row {number} is no record")
-        there |= dict.fromkeys(record)
+        seen |= record
         row = {ours: record.get(name) for ours, name in columns.items()}
         label = label_name(row.pop("label"), feature)
         for text in row.values():
-            if not isinstance(text, (str, type(None))):
+            if not isinstance(text, str | None):
                 raise ValueError(f"row {number} holds {show(text)}, not text")
             if not text or not text.strip():
                 label = None
         yield {**row, "label": label, "row": number, "lines": lines}
-    check_columns(columns, list(there))
+    check_columns(columns, list(seen))
 
 
 def digest(path: str) -> str:
@@ -477,40 +480,42 @@ def digest(path: str) -> str:
 
 
 def find_split(split: str, args: DataArguments):
-    """What holds `train`, `validation` or `test`, if it is there: its name, its builder, the split's name there."""
+    """What holds `train`, `validation` or `test`, if it is there: its name, a hint, a builder, the split's name."""
     there = {"train": "train", "validation": args.validation_split, "test": args.test_split}[split]
-    name, options = args.dataset_name, {"name": args.dataset_config_name}
-    what, folder = f"{name}, split {there!r}", os.path.abspath(name)
+    source, options = args.dataset_name, {"name": args.dataset_config_name}
+    what, hint = f"{source}, split {there!r}", hint_for("--dataset_name", source)
+    folder = os.path.abspath(source)
     if args.train_file:
-        what, there = getattr(args, f"{split}_file"), split
+        what, hint, there = getattr(args, f"{split}_file"), FILE_HINT, split
         if what is None:
             return None
         kind = Path(what.lower().removesuffix(".gz")).suffix
         if kind not in KINDS:
             raise UserError(f"{what} does not end in {', '.join(KINDS)}")
-        name, options = KINDS[kind], {"data_files": {split: glob.escape(what)}}
+        source, options = KINDS[kind], {"data_files": {split: glob.escape(what)}}
         if kind == ".tsv":
             options["sep"] = "\t"
     elif os.path.isdir(folder) and glob.has_magic(folder):
         # `datasets` takes its name as a pattern
         options["data_dir"] = os.path.relpath(glob.escape(folder), folder)
-    with loading(what, data_hint(args)):
-        builder = datasets.load_dataset_builder(name, **options)
+    with loading(what, hint):
+        builder = datasets.load_dataset_builder(source, **options)
     files = builder.config.data_files
     if there not in files:
         if split == "train" or there not in (split, "none"):
-            raise UserError(f"{name} has no split {there!r}, only: {', '.join(map(str, files))}")
+            raise UserError(f"{source} has no split {there!r}, only: {', '.join(map(str, files))}")
         return None
     names = show([os.path.basename(path) for path in files[there]])
+    # train-00000-of-00002 is a part of train
     shards = {re.sub(r"-\d+(?=-of-\d+)", "", path) for path in files[there]}
-    if os.path.isdir(name) and len(shards) > 1:
+    if os.path.isdir(source) and len(shards) > 1:
         ways = "name one file of each split by --train_file, --validation_file and --test_file"
-        raise UserError(f"{name} has several files for {there}, {names}: {ways}")
+        raise UserError(f"{source} has several files for {there}, {names}: {ways}")
     say(f"{split} is read from {names}")
-    return what, builder, there
+    return what, hint, builder, there
 
 
-def load_rows(what, builder, there, args: DataArguments):
+def load_rows(what, hint, builder, there, args: DataArguments):
     """All rows of a split, as `read_rows` yields them, and its classes, if it declares them: read once, then cached."""
     columns = {"text": args.text_column, "text_pair": args.text_pair_column, "label": args.label_column}
     columns = {ours: column for ours, column in columns.items() if column}
@@ -518,7 +523,7 @@ def load_rows(what, builder, there, args: DataArguments):
     types = {ours: Value("string") for ours in columns} | {"row": Value("int64"), "lines": Value("int64")}
     files, feature = list(builder.config.data_files[there]), None
     separator = getattr(builder.config, "sep", None)
-    with loading(what, data_hint(args)):
+    with loading(what, hint):
         if builder.info.features is None and builder.name in ("csv", "json"):
             # the library would guess types
             paths = map(str, datasets.DownloadManager().download(files))
@@ -573,25 +578,23 @@ def load_splits(args: DataArguments, seed: int = 42) -> DatasetDict:
         if found is None:
             continue
         rows, declared = load_rows(*found, args)
-        there = sorted(set(rows.unique("label")) - {None})
+        used = sorted(set(rows.unique("label")) - {None})
         if split == "train":
-            names = declared or there
-            if not declared and all(re.fullmatch(r"-?\d{1,18}", name) for name in names):
-                names.sort(key=int)
+            are_integers = all(re.fullmatch(r"-?\d{1,18}", name) for name in used)
+            names = declared or sorted(used, key=int if are_integers else None)
             if len(names) < 2:
                 raise UserError(f"train has one label only, {show(names)}: nothing to learn")
             if args.positive_label and (args.positive_label not in names or len(names) != 2):
                 raise UserError(f"--positive_label {args.positive_label!r} is not one of two: {show(names)}")
-        unknown = [name for name in there if name not in names]
+        unknown = [name for name in used if name not in names]
         if unknown:
             raise UserError(f"{split} has labels {show(unknown)}, train only {show(names)}")
-        complete = np.flatnonzero(rows.data.column("label").is_valid())
-        if len(complete) < len(rows):
-            left_out = len(rows) - len(complete)
-            logger.warning(f"{split}: {left_out} of {len(rows)} rows without text or label are left out.")
-        if len(complete):  # GLUE's test splits have no labels
+        labels = rows.data.column("label")
+        if labels.null_count:
+            logger.warning(f"{split}: {labels.null_count} of {len(rows)} rows without text or label are left out.")
+        if used:  # GLUE's test splits have no labels
             counts[split] = len(rows)
-            rows = rows.select(complete).cast_column("label", ClassLabel(names=names))
+            rows = rows.select(np.flatnonzero(labels.is_valid())).cast_column("label", ClassLabel(names=names))
             splits[split] = rows.rename_column("label", "labels").remove_columns("lines")
     if args.validation_fraction:
         if "validation" in splits:
@@ -604,10 +607,10 @@ def load_splits(args: DataArguments, seed: int = 42) -> DatasetDict:
     for split, rows in splits.items():
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
         if limit is not None and limit < len(rows):
-            splits[split] = rows.shuffle(seed=seed).select(range(limit))
-        by_class = np.bincount(splits[split]["labels"][:], minlength=len(names)).tolist()
+            rows = splits[split] = rows.shuffle(seed=seed).take(limit)
+        by_class = np.bincount(rows["labels"][:], minlength=len(names)).tolist()
         shown = show(dict(zip(names, by_class, strict=True)))
-        say(f"{split}: {len(splits[split])} of {counts[split]} rows, {shown}")
+        say(f"{split}: {len(rows)} of {counts[split]} rows, {shown}")
         if 0 in by_class and split != "train":
             logger.warning(f"{split} has no row of some class: its AUC is undefined and left out.")
     return splits
@@ -726,11 +729,10 @@ def complete_checkpoints(folders, processes: int) -> list[Path]:
     for folder in folders:
         state = read_json(folder / "trainer_state.json")  # written last
         saved_by = first_arguments(folder).get("world_size", processes)
-        # of a single process, or one of each
-        random_states = {path.name for path in folder.glob("rng_state*.pth")}
-        of_all = len(random_states) >= min(processes, saved_by)
+        random_states = len(list(folder.glob("rng_state_*.pth")))  # one of each process
         parts = [any(folder.glob(name)) for name in ("*model*", "optimizer*", "scheduler.pt")]
-        if state and all(parts) and (of_all or "rng_state.pth" in random_states):
+        parts += [(folder / "rng_state.pth").exists() or random_states >= min(processes, saved_by)]
+        if state and all(parts):
             complete[folder] = state["global_step"]
         else:
             logger.warning(f"{folder} is incomplete: it is passed over.")
@@ -767,7 +769,7 @@ def find_best(args: RDropArguments, checkpoint: Path) -> Path | None:
     if not best:
         return None
     for folder in (checkpoint.with_name(Path(best).name), Path(best)):
-        # another run may lie there by now: its log has another beginning
+        # another run may lie there by now: its log, compared as text for NaN, has another beginning
         log = read_json(folder / "trainer_state.json").get("log_history")
         if log and str(state["log_history"][: len(log)]) == str(log):
             return folder
@@ -834,11 +836,6 @@ def going_on(args: RDropArguments, checkpoint: Path | None):
 # Main
 
 
-def say(message: str):
-    """Print, in one of several processes."""
-    PartialState().print(message, flush=True)
-
-
 def say_start(args, trainer, checkpoint):
     """Say what a run will do."""
     say(f"device {args.device}, mixed precision: {args.mixed_precision}")
@@ -847,6 +844,7 @@ def say_start(args, trainer, checkpoint):
     say(f"alpha {args.rdrop_alpha}, smoothing {args.label_smoothing_factor}, dropout {show(dropout)}")
     rows, limit = trainer.train_dataset, trainer.processing_class.model_max_length
     say(f"train: {sum(rows['length'][:])} tokens; {sum(rows['cut'][:])} texts are cut to {limit}")
+    # the last three: samples of a step, batches of an epoch, steps of the run
     *_, batch, _, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     begun = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
     say(f"effective batch {batch}, steps {begun} to {steps}")
@@ -907,8 +905,9 @@ def finish(trainer, args, splits, positive, results):
     trainer.save_metrics("all", results, combined=False)
     trainer.save_state()
     if trainer.is_world_process_zero():
+        # of the last: test, if it is there
         figures = {name: metrics[f"{prefix}_{name}"] for name in METRICS if f"{prefix}_{name}" in metrics}
-        chose = args.load_best_model_at_end or args.early_stopping_patience and args.eval_strategy != "no"
+        chose = args.load_best_model_at_end or args.stops_early
         optimistic = chose and len(evaluated) == 1
         about = f"{split}, which also chose the checkpoint: optimistic" if optimistic else split
         write_report(args, splits[split], output, positive, figures, about)
@@ -925,21 +924,21 @@ def finish(trainer, args, splits, positive, results):
     say(f'Try it: pipeline("text-classification", {args.output_dir!r}, truncation=True)({text})')
 
 
-def build_trainer(args, model, tokenizer, train, chooser, positive):
+def build_trainer(args, model, tokenizer, splits, chooser, positive, best):
     """The trainer, with curves in a folder of their own and evaluations on the split that chooses."""
     run_name = f"{Path(args.output_dir).resolve().name}_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(args.logging_dir, run_name)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns at data loaders
-    callbacks = []
-    if args.early_stopping_patience > 0 and args.eval_strategy != "no":
+    callbacks = [BestCheckpoint(best)] if best else []
+    if args.stops_early:
         callbacks += [EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)]
     in_eights = args.mixed_precision != "no" and tokenizer.model_max_length % 8 == 0
     return RDropTrainer(
         model=model,
         args=args,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if in_eights else None),
-        train_dataset=train,
-        eval_dataset=chooser,
+        train_dataset=splits["train"],
+        eval_dataset=splits[chooser],
         processing_class=tokenizer,
         compute_metrics=lambda eval_pred: compute_metrics(eval_pred, positive),
         callbacks=callbacks,
@@ -982,10 +981,8 @@ def main(argv=None) -> dict[str, float]:
         splits = tokenize(splits, tokenizer)
     dry_run(model, tokenizer, splits, args.rdrop_alpha)
     with loading("what the flags ask for", "", (ValueError, ImportError, OSError, RuntimeError)):
-        trainer = build_trainer(args, model, tokenizer, splits["train"], splits[chooser], positive)
+        trainer = build_trainer(args, model, tokenizer, splits, chooser, positive, best)
         say_start(args, trainer, checkpoint)
-    if best:
-        trainer.add_callback(BestCheckpoint(best))
 
     record_arguments(args, checkpoint)
     with going_on(args, checkpoint):
