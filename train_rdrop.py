@@ -57,6 +57,7 @@ short.maxstring, short.maxother, short.maxlist, short.maxdict = 60, 60, 20, 20
 show = short.repr  # users' values: quoted, cut, and without terminal escapes
 METRICS = ("accuracy", "f1", "auc", "loss")  # of `compute_metrics`, in flags, last lines and HPARAMS
 REPORT = "classification_report.txt"
+RESULTS = ("eval_results.json", "test_results.json", "all_results.json", "predictions.csv", REPORT)
 
 
 def say(message: str):
@@ -750,6 +751,8 @@ def find_checkpoint(args: RDropArguments) -> Path | None:
             raise UserError(f"nothing to resume from: no complete checkpoint ({asked})")
         checkpoint = complete[-1].resolve()
         if checkpoint.parent == output_dir.resolve():
+            if here[-1].name != checkpoint.name:
+                raise UserError(f"{here[-1]} would be overwritten: remove it, or choose another --output_dir")
             return output_dir / checkpoint.name
     for pattern in ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "predictions.csv", REPORT):
         if any(output_dir.glob(pattern)):
@@ -760,20 +763,37 @@ def find_checkpoint(args: RDropArguments) -> Path | None:
 
 
 def find_best(args: RDropArguments, checkpoint: Path) -> Path | None:
-    """The best checkpoint of the run of `checkpoint` so far, if any: beside it, or in the folder the run came from."""
-    metric = first_arguments(checkpoint).get("metric_for_best_model", args.metric_for_best_model)
-    if metric != args.metric_for_best_model:
-        raise UserError("the checkpoint's best model is by another --metric_for_best_model: resume with that")
+    """The best checkpoint so far of the run of `checkpoint`, if the best model is to be loaded at the end."""
     state = read_json(checkpoint / "trainer_state.json")
-    best = state["best_model_checkpoint"]
-    if not best:
+    step, metric, log = state["best_global_step"], f"eval_{args.metric_for_best_model}", state["log_history"]
+    if state["best_metric"] is None:
         return None
-    for folder in (checkpoint.with_name(Path(best).name), Path(best)):
+    if state["best_metric"] not in [entry.get(metric) for entry in log if entry["step"] == step]:
+        raise UserError("the checkpoint's best model is by another --metric_for_best_model: resume with that")
+    if not args.load_best_model_at_end:
+        return None
+    name = f"checkpoint-{step}"
+    was = Path(state["best_model_checkpoint"] or name)
+    for folder in (checkpoint, checkpoint.with_name(name), was.with_name(name)):
+        best = read_json(folder / "trainer_state.json")
         # another run may lie there by now: its log, compared as text for NaN, has another beginning
-        log = read_json(folder / "trainer_state.json").get("log_history")
-        if log and str(state["log_history"][: len(log)]) == str(log):
+        begins = best and str(log[: len(best["log_history"])]) == str(best["log_history"])
+        if begins and best["global_step"] == step and any(folder.glob("*model*")):
             return folder
-    raise UserError(f"the best checkpoint, {best}, is missing: move it back, or --load_best_model_at_end false")
+    raise UserError(f"the best model so far, {name}, is missing: move it back, or --load_best_model_at_end false")
+
+
+def check_model(model, checkpoint: Path):
+    """Refuse a checkpoint of another model or of other classes: Trainer would do without what does not fit."""
+    with loading(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        with torch.device("meta"):
+            saved = AutoModelForSequenceClassification.from_config(config)
+    if config.id2label != model.config.id2label:
+        raise UserError(f"{checkpoint} has the classes {show(config.label2id)}, the data {show(model.config.label2id)}")
+    shapes = [{name: weight.shape for name, weight in one.named_parameters()} for one in (model, saved)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{checkpoint} holds another model than --model_name_or_path: resume with that one")
 
 
 class BestCheckpoint(TrainerCallback):
@@ -822,7 +842,9 @@ def going_on(args: RDropArguments, checkpoint: Path | None):
         if isinstance(error, FloatingPointError):
             note = "Start anew with a lower --learning_rate: a resumed run keeps its own."
         elif newest:
-            note = f"Add --resume_from_checkpoint {newest} (or, if damaged, the one before), to go on."
+            note = (
+                f"Add --resume_from_checkpoint {newest}, to go on. If it is damaged, remove it first, and name another."
+            )
         error.add_note(note)
         if isinstance(error, torch.OutOfMemoryError):
             error.add_note("Halve --per_device_train_batch_size, double --gradient_accumulation_steps")
@@ -887,8 +909,12 @@ def finish(trainer, args, splits, positive, results):
     best = args.load_best_model_at_end and state.best_model_checkpoint
     if best and not any(Path(best).glob("*model*")):
         raise FileNotFoundError(f"the best checkpoint, {best}, holds no model any more")
+    if trainer.is_world_process_zero():
+        for name in RESULTS:  # figures of another model, if the run has gone on
+            Path(args.output_dir, name).unlink(missing_ok=True)
     if not args.push_to_hub:  # which saves, too; `save_model` would push before there are figures
         trainer.save_model()
+    trainer.save_metrics("train", results, combined=False)
     step = state.best_global_step if best else state.global_step
     epoch = next((log["epoch"] for log in state.log_history if log["step"] == step), state.epoch)
     model = f"best: epoch {epoch:g}, {Path(best).name}" if best else f"last: epoch {epoch:g}, step {step}"
@@ -907,7 +933,7 @@ def finish(trainer, args, splits, positive, results):
     if trainer.is_world_process_zero():
         # of the last: test, if it is there
         figures = {name: metrics[f"{prefix}_{name}"] for name in METRICS if f"{prefix}_{name}" in metrics}
-        chose = args.load_best_model_at_end or args.stops_early
+        chose = best or args.stops_early
         optimistic = chose and len(evaluated) == 1
         about = f"{split}, which also chose the checkpoint: optimistic" if optimistic else split
         write_report(args, splits[split], output, positive, figures, about)
@@ -959,7 +985,7 @@ def main(argv=None) -> dict[str, float]:
     transformers.utils.logging.set_verbosity_error()  # without reports of loading
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `loading` says it once
     checkpoint = find_checkpoint(args)
-    best = find_best(args, checkpoint) if checkpoint and args.load_best_model_at_end else None
+    best = find_best(args, checkpoint) if checkpoint else None
     for folder in (args.output_dir, args.logging_dir):
         with loading(folder, "It must be a folder, or not there", OSError):
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -969,14 +995,13 @@ def main(argv=None) -> dict[str, float]:
     with args.main_process_first():  # the others find the result in the cache
         splits = load_splits(args, args.seed)
     names = splits["train"].features["labels"].names
-    id2label = {str(i): name for i, name in enumerate(names)}
-    if checkpoint and id2label != read_json(checkpoint / "config.json").get("id2label", id2label):
-        raise UserError(f"the checkpoint has other classes than the data, {show(names)}: begin a run of its own")
     positive = names.index(args.positive_label or names[1])
     chooser = "validation" if "validation" in splits else "test"
     if args.metric_for_best_model == "auc" and len(splits[chooser].unique("labels")) < len(names):
         raise UserError("--metric_for_best_model auc is undefined: the split lacks a class")
     model = load_model(args, tokenizer, names)
+    if checkpoint:
+        check_model(model, checkpoint)
     with args.main_process_first():
         splits = tokenize(splits, tokenizer)
     dry_run(model, tokenizer, splits, args.rdrop_alpha)
@@ -990,7 +1015,6 @@ def main(argv=None) -> dict[str, float]:
         if checkpoint:
             results.pop("train_loss")  # of the steps since, of which there may be none
         results["epoch"] = trainer.state.epoch
-        trainer.save_metrics("train", results, combined=False)
         finish(trainer, args, splits, positive, results)
     return results
 

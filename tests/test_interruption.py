@@ -108,7 +108,9 @@ def test_checkpoint_is_complete_with_a_random_state_of_every_process(results):
 
 
 def test_resume_from_a_path_goes_on_from_there(start, results):
-    run = start(*TWO, "--resume_from_checkpoint", results / "checkpoint-4").wait()
+    flags = (*TWO, "--resume_from_checkpoint", results / "checkpoint-4")
+    start(*flags).wait().assert_one_line(2, "results_rdrop/checkpoint-8 would be overwritten", "another --output_dir")
+    run = start(*flags, "--output_dir", "other").wait()
     assert run.status == 0 and "steps 4 to 8" in run.out, run.err
     assert "'epoch': '2'}" in run.out and "'epoch': '1'}" not in run.out
 

@@ -51,7 +51,7 @@ def test_run_that_was_killed_amid_an_epoch_ends_as_if_never_killed(start, way):
 
 def test_each_epoch_groups_by_length_in_an_order_of_its_own(start):
     flags = (*SHORT, "--train_sampling_strategy", "group_by_length", "--eval_strategy", "no", "--save_strategy", "no")
-    run = start(*flags, "--load_best_model_at_end", "false", prelude="show_batches.py").wait()
+    run = start(*flags, prelude="show_batches.py").wait()
     assert run.status == 0, run.err
     assert "last: epoch 2, step 16, now in ./results_rdrop" in run.out and "which also chose" not in run.out
     first, second = map(json.loads, re.findall("^TRAIN (.*)", run.out, re.M))
@@ -62,9 +62,12 @@ def warnings(run):
     return [line for line in run.err.splitlines() if "other flags" in line]
 
 
-def test_best_of_another_metric_is_not_compared(resume):
-    """Trainer would hold the accuracies of the epochs to come against the best F1."""
-    run = resume("--num_train_epochs", "3", "--metric_for_best_model", "accuracy").wait()
+@pytest.mark.parametrize("load_best", ["true", "false"])
+def test_best_of_another_metric_is_not_compared(resume, tmp_path, load_best):
+    """Trainer would hold the accuracies of the epochs to come against the best F1, now or when resumed once more."""
+    (tmp_path / "results_rdrop" / "arguments.json").write_text("damaged")
+    flags = ("--metric_for_best_model", "accuracy", "--load_best_model_at_end", load_best)
+    run = resume("--num_train_epochs", "3", *flags).wait()
     run.assert_one_line(2, "by another --metric_for_best_model")
 
 
@@ -130,11 +133,13 @@ def test_checkpoint_that_cannot_be_read_keeps_its_traceback_and_all_files(resume
 
 
 def best_is_first(folder, best):
-    """Make checkpoint-16 in `folder` say that the best one is `best`, and that no later one beats it."""
-    path = folder / "checkpoint-16" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    state |= {"best_global_step": 8, "best_model_checkpoint": str(best), "best_metric": 2.0}
-    path.write_text(json.dumps(state))
+    """Make the checkpoints in `folder` say that the best one is `best`, the first, and that no later one beats it."""
+    for name in ("checkpoint-8", "checkpoint-16"):
+        path = folder / name / "trainer_state.json"
+        state = json.loads(path.read_text())
+        state |= {"best_global_step": 8, "best_model_checkpoint": str(best), "best_metric": 2.0}
+        state["log_history"][0]["eval_f1"] = 2.0
+        path.write_text(json.dumps(state))
 
 
 @pytest.fixture
@@ -166,11 +171,11 @@ def test_moved_run_ends_with_its_own_best_model(resume, moved, epochs):
 def test_moved_run_whose_best_checkpoint_is_missing_is_refused_before_training(resume, moved):
     shutil.rmtree(moved / "checkpoint-8")
     run = resume("--output_dir", "moved").wait()
-    run.assert_one_line(2, "the best checkpoint, results_rdrop/checkpoint-8, is missing", "--load_best_model_at_end")
+    run.assert_one_line(2, "the best model so far, checkpoint-8, is missing", "--load_best_model_at_end")
     assert run.out == "", "nothing was loaded"
     shutil.rmtree(moved.with_name("results_rdrop"))
     run = resume("--output_dir", "moved").wait()
-    run.assert_one_line(2, "the best checkpoint, results_rdrop/checkpoint-8, is missing")
+    run.assert_one_line(2, "the best model so far, checkpoint-8, is missing")
     run = resume("--output_dir", "moved", "--load_best_model_at_end", "false", "--num_train_epochs", "3").wait()
     assert run.status == 0 and "steps 16 to 24" in run.out, run.err
 
@@ -194,11 +199,50 @@ def test_run_that_goes_on_from_another_working_directory_keeps_its_best_model(re
     assert run.status == 0 and "best: epoch 1, checkpoint-8, now in ../results_rdrop" in run.out, run.err
 
 
+def test_best_step_that_was_not_saved_is_no_best_model(start):
+    """Trainer would take the best one among the checkpoints for it, and its epoch from another step."""
+    flags = (*SHORT, *BY_STEPS[:2], "--eval_steps", "1", *BY_STEPS[4:], "--metric_for_best_model", "loss", *PATIENT)
+    run = start(*flags).wait()
+    assert run.status == 0, run.err
+    path = run.folder / "results_rdrop" / "checkpoint-16" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    (seventh,) = [entry["eval_loss"] for entry in state["log_history"] if entry["step"] == 7]
+    path.write_text(json.dumps(state | {"best_global_step": 7, "best_metric": seventh}))
+    as_saved = ("--eval_steps", "3", "--load_best_model_at_end", "true")
+    run = start(*flags, *as_saved, *LAST).wait()
+    run.assert_one_line(2, "the best model so far, checkpoint-7, is missing")
+
+
+@pytest.mark.parametrize("what", ["kind", "size", "config"])
+def test_checkpoint_of_another_model_is_refused(resume, tiny, tmp_path, what):
+    config = tmp_path / "results_rdrop" / "checkpoint-16" / "config.json"
+    flags = ()
+    if what == "kind":  # of the same shapes
+        shutil.copytree(tiny / "model", tmp_path / "model")
+        bert = json.loads(config.read_text()) | {"model_type": "bert"}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(bert))
+        flags = ("--model_name_or_path", "model")
+    elif what == "size":
+        flags = ("--config_overrides", "num_hidden_layers=1")
+    else:
+        config.write_text("{}")
+    run = resume(*flags).wait()
+    run.assert_one_line(2, "checkpoint-16", *["--model_name_or_path"] if what != "config" else ["cannot load"])
+
+
+def test_figures_of_an_earlier_end_go_with_its_model(resume, tmp_path):
+    stale = tmp_path / "results_rdrop" / "test_results.json"
+    stale.write_text("{}")
+    resume(prelude="fail.py bug predict").wait().assert_traceback("RuntimeError: a bug")
+    left = {path.name for path in (tmp_path / "results_rdrop").iterdir()}
+    assert "model.safetensors" in left and not left & {"test_results.json", "all_results.json", "predictions.csv"}
+
+
 @pytest.mark.parametrize("labels", [("pos", "neg"), ("bad", "good"), ("neg", "pos", "so so")])
 def test_data_of_other_classes_are_refused(resume, tmp_path, labels):
     tiny_imdb.write_data(tmp_path / "other", names=labels)
     run = resume("--dataset_name", "other").wait()
-    run.assert_one_line(2, "the checkpoint has other classes than the data", repr(labels[-1]))
+    run.assert_one_line(2, "checkpoint-16 has the classes {'neg': 0, 'pos': 1}, the data {", repr(labels[-1]))
 
 
 def test_error_after_training_says_how_to_go_on(resume):
