@@ -719,6 +719,11 @@ def read_json(path: Path) -> dict:
         return {}
 
 
+def steps(checkpoint: Path) -> int:
+    """The steps that a complete checkpoint has behind it."""
+    return read_json(checkpoint / "trainer_state.json")["global_step"]
+
+
 def first_arguments(checkpoint: Path) -> dict:
     """The flags with which the run of a checkpoint began; nothing, where they are missing or damaged."""
     return read_json(checkpoint.resolve().with_name("arguments.json"))
@@ -749,10 +754,13 @@ def find_checkpoint(args: RDropArguments) -> Path | None:
         complete = here if asked == "last" else complete_checkpoints([Path(asked)], args.world_size)
         if not complete:
             raise UserError(f"nothing to resume from: no complete checkpoint ({asked})")
+        if asked == "last":
+            return here[-1]
         checkpoint = complete[-1].resolve()
         if checkpoint.parent == output_dir.resolve():
-            if here[-1].name != checkpoint.name:
-                raise UserError(f"{here[-1]} would be overwritten: remove it, or choose another --output_dir")
+            later = [folder for folder in here if steps(folder) > steps(checkpoint)]
+            if later:
+                raise UserError(f"{later[-1]} would be overwritten: remove it, or choose another --output_dir")
             return output_dir / checkpoint.name
     for pattern in ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "predictions.csv", REPORT):
         if any(output_dir.glob(pattern)):
@@ -765,39 +773,43 @@ def find_checkpoint(args: RDropArguments) -> Path | None:
 def find_best(args: RDropArguments, checkpoint: Path) -> Path | None:
     """The best checkpoint so far of the run of `checkpoint`, if the best model is to be loaded at the end."""
     state = read_json(checkpoint / "trainer_state.json")
-    step, metric, log = state["best_global_step"], f"eval_{args.metric_for_best_model}", state["log_history"]
-    if state["best_metric"] is None:
+    step, metric, log = state.get("best_global_step"), f"eval_{args.metric_for_best_model}", state["log_history"]
+    if step is None:
         return None
     if state["best_metric"] not in [entry.get(metric) for entry in log if entry["step"] == step]:
         raise UserError("the checkpoint's best model is by another --metric_for_best_model: resume with that")
     if not args.load_best_model_at_end:
         return None
+    # both stay the checkpoint's
+    if args.save_strategy == "steps" and state["save_steps"] != state["eval_steps"]:
+        raise UserError("the checkpoint's run saves at other steps than it evaluates: --load_best_model_at_end false")
     name = f"checkpoint-{step}"
     was = Path(state["best_model_checkpoint"] or name)
     for folder in (checkpoint, checkpoint.with_name(name), was.with_name(name)):
         best = read_json(folder / "trainer_state.json")
-        # another run may lie there by now: its log, compared as text for NaN, has another beginning
+        # another run may lie there by now: its log begins otherwise (compared as text, for NaN is unequal to itself)
         begins = best and str(log[: len(best["log_history"])]) == str(best["log_history"])
         if begins and best["global_step"] == step and any(folder.glob("*model*")):
             return folder
-    raise UserError(f"the best model so far, {name}, is missing: move it back, or --load_best_model_at_end false")
+    ways = "move it back, or --load_best_model_at_end false"
+    raise UserError(f"the best model so far, {name}, is missing, or was never saved: {ways}")
 
 
 def check_model(model, checkpoint: Path):
-    """Refuse a checkpoint of another model or of other classes: Trainer would do without what does not fit."""
+    """Refuse a checkpoint of other classes or of another model, of which Trainer would load what has the same name."""
     with loading(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         with torch.device("meta"):
             saved = AutoModelForSequenceClassification.from_config(config)
     if config.id2label != model.config.id2label:
         raise UserError(f"{checkpoint} has the classes {show(config.label2id)}, the data {show(model.config.label2id)}")
-    shapes = [{name: weight.shape for name, weight in one.named_parameters()} for one in (model, saved)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"{checkpoint} holds another model than --model_name_or_path: resume with that one")
+    ours, theirs = ({name: weight.shape for name, weight in one.named_parameters()} for one in (model, saved))
+    if ours != theirs:
+        raise UserError(f"{checkpoint} is of another --model_name_or_path or --config_overrides: resume with those")
 
 
 class BestCheckpoint(TrainerCallback):
-    """Tells `Trainer`, which reads from a checkpoint where the best one was, where it is now."""
+    """Points `Trainer` to the best checkpoint: the path in the state that it resumes may be out of date."""
 
     def __init__(self, best: Path):
         self.best = best
@@ -817,7 +829,7 @@ def record_arguments(args: RDropArguments, checkpoint: Path | None):
         if not before:
             changes = ["unknown, for its arguments.json is missing or damaged"]
         if changes:
-            kept = "learning rate, early stopping and steps between logs stay the checkpoint's"
+            kept = "learning rate, patience and steps between logs, evaluations and saves stay the checkpoint's"
             logger.warning(f"Resuming {checkpoint} with other flags ({kept}): {', '.join(changes)}")
     path = Path(args.output_dir, "arguments.json")
     with args.main_process_first(local=False):
@@ -842,9 +854,7 @@ def going_on(args: RDropArguments, checkpoint: Path | None):
         if isinstance(error, FloatingPointError):
             note = "Start anew with a lower --learning_rate: a resumed run keeps its own."
         elif newest:
-            note = (
-                f"Add --resume_from_checkpoint {newest}, to go on. If it is damaged, remove it first, and name another."
-            )
+            note = f"To go on, add --resume_from_checkpoint {newest}. If it is damaged, remove it, and name another."
         error.add_note(note)
         if isinstance(error, torch.OutOfMemoryError):
             error.add_note("Halve --per_device_train_batch_size, double --gradient_accumulation_steps")
@@ -867,9 +877,8 @@ def say_start(args, trainer, checkpoint):
     rows, limit = trainer.train_dataset, trainer.processing_class.model_max_length
     say(f"train: {sum(rows['length'][:])} tokens; {sum(rows['cut'][:])} texts are cut to {limit}")
     # the last three: samples of a step, batches of an epoch, steps of the run
-    *_, batch, _, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
-    begun = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
-    say(f"effective batch {batch}, steps {begun} to {steps}")
+    *_, batch, _, last_step = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    say(f"effective batch {batch}, steps {steps(checkpoint) if checkpoint else 0} to {last_step}")
 
 
 def write_report(args, rows, output, positive, figures, about):
@@ -910,7 +919,7 @@ def finish(trainer, args, splits, positive, results):
     if best and not any(Path(best).glob("*model*")):
         raise FileNotFoundError(f"the best checkpoint, {best}, holds no model any more")
     if trainer.is_world_process_zero():
-        for name in RESULTS:  # figures of another model, if the run has gone on
+        for name in RESULTS:  # of an earlier end, perhaps of another model
             Path(args.output_dir, name).unlink(missing_ok=True)
     if not args.push_to_hub:  # which saves, too; `save_model` would push before there are figures
         trainer.save_model()

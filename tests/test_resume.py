@@ -1,13 +1,17 @@
 """What a resumed run may change, what it says about it, and what it does about files that are missing or damaged."""
 
 import json
+import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_imdb
 from conftest import Run, assert_same_end
 from safetensors.torch import load_file
+
+from train_rdrop import find_best, find_checkpoint, parse_args
 
 SHORT = ("--max_train_samples", "120", "--max_eval_samples", "40", "--num_train_epochs", "2")  # 8 steps an epoch
 BY_STEPS = ("--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "3")
@@ -200,17 +204,54 @@ def test_run_that_goes_on_from_another_working_directory_keeps_its_best_model(re
 
 
 def test_best_step_that_was_not_saved_is_no_best_model(start):
-    """Trainer would take the best one among the checkpoints for it, and its epoch from another step."""
+    """Trainer goes on with the checkpoint's steps, and would take the best of the checkpoints for the best model."""
     flags = (*SHORT, *BY_STEPS[:2], "--eval_steps", "1", *BY_STEPS[4:], "--metric_for_best_model", "loss", *PATIENT)
     run = start(*flags).wait()
     assert run.status == 0, run.err
+    load_best = ("--load_best_model_at_end", "true")
+    run = start(*flags, "--eval_steps", "3", *load_best, *LAST).wait()
+    run.assert_one_line(2, "saves at other steps than it evaluates", "--load_best_model_at_end false")
     path = run.folder / "results_rdrop" / "checkpoint-16" / "trainer_state.json"
     state = json.loads(path.read_text())
     (seventh,) = [entry["eval_loss"] for entry in state["log_history"] if entry["step"] == 7]
     path.write_text(json.dumps(state | {"best_global_step": 7, "best_metric": seventh}))
-    as_saved = ("--eval_steps", "3", "--load_best_model_at_end", "true")
-    run = start(*flags, *as_saved, *LAST).wait()
-    run.assert_one_line(2, "the best model so far, checkpoint-7, is missing")
+    run = start(*SHORT, "--metric_for_best_model", "loss", *LAST).wait()
+    run.assert_one_line(2, "the best model so far, checkpoint-7, is missing, or was never saved")
+
+
+@pytest.fixture
+def checkpoints(finished, tmp_path):
+    """A copy of the output folder of `finished`."""
+    return Path(shutil.copytree(finished.folder / "results_rdrop", tmp_path / "copy"))
+
+
+def found(folder, asked):
+    return find_checkpoint(parse_args(["--output_dir", str(folder), "--resume_from_checkpoint", str(asked)]))
+
+
+def test_checkpoint_is_found_by_its_steps_whatever_its_name(checkpoints):
+    newest = (checkpoints / "checkpoint-16").rename(checkpoints / "keep")
+    assert found(checkpoints, newest) == newest
+    assert found(checkpoints, checkpoints / "checkpoint-8") == checkpoints / "checkpoint-8", "overwrites none"
+    (checkpoints / "checkpoint-8").rename(checkpoints / "old")
+    assert found(checkpoints, newest) == newest, "though no other is there"
+
+
+def test_last_checkpoint_may_be_a_link(checkpoints):
+    elsewhere = checkpoints.parent / "elsewhere"
+    (checkpoints / "checkpoint-16").rename(elsewhere)
+    (checkpoints / "checkpoint-16").symlink_to(elsewhere)
+    assert found(checkpoints, "last") == checkpoints / "checkpoint-16"
+
+
+@pytest.mark.parametrize("load_best", ["true", "false"])
+def test_best_metric_of_no_step_is_no_best_model(checkpoints, load_best):
+    """A loss that was never finite is beaten by none: Trainer then holds an infinite one, of no step."""
+    path = checkpoints / "checkpoint-16" / "trainer_state.json"
+    state = json.loads(path.read_text()) | {"best_global_step": None, "best_metric": math.inf}
+    path.write_text(json.dumps(state))
+    args = parse_args(["--metric_for_best_model", "loss", "--load_best_model_at_end", load_best])
+    assert find_best(args, checkpoints / "checkpoint-16") is None
 
 
 @pytest.mark.parametrize("what", ["kind", "size", "config"])
