@@ -351,6 +351,7 @@ def print_differences(found, arms, seeds):
     )
     print(f"{len(clear)} of {len(intervals)} intervals leave out zero.", end=" ")
     print(f"Corrected for their number (Bonferroni): {'; '.join(corrected) or 'none'}")
+    print(f"Lost by the correction: {'; '.join(name for name in clear if name not in corrected) or 'none'}")
     if same_epoch:
         print(f"Gap in the seeds whose best epochs agree: {'; '.join(same_epoch)}")
 
