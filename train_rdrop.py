@@ -843,13 +843,14 @@ def record_arguments(args: RDropArguments, checkpoint: Path | None):
 @contextmanager
 def going_on(args: RDropArguments, checkpoint: Path | None):
     """Add to an error how to go on; a run that has nothing to go on from frees its output folder."""
+    output_dir = Path(args.output_dir)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         print(file=sys.stderr)  # ends the line of the progress bar
-        here = complete_checkpoints(Path(args.output_dir).glob("checkpoint-*"), args.world_size)
+        here = complete_checkpoints(output_dir.glob("checkpoint-*"), args.world_size)
         newest = here[-1] if here else checkpoint
-        saved = any(Path(args.output_dir).glob("*.safetensors"))
+        saved = any(output_dir.glob("*.safetensors"))
         note = f"The trained model is in {args.output_dir}." if saved else "No checkpoint is complete: start anew."
         if isinstance(error, FloatingPointError):
             note = "Start anew with a lower --learning_rate: a resumed run keeps its own."
@@ -860,7 +861,7 @@ def going_on(args: RDropArguments, checkpoint: Path | None):
             error.add_note("Halve --per_device_train_batch_size, double --gradient_accumulation_steps")
             error.add_note("(the effective batch stays), or add --activation_checkpointing.")
         if not here and not saved and args.process_index == 0:
-            Path(args.output_dir, "arguments.json").unlink(missing_ok=True)
+            (output_dir / "arguments.json").unlink(missing_ok=True)
         raise
 
 
@@ -942,9 +943,8 @@ def finish(trainer, args, splits, positive, results):
     if trainer.is_world_process_zero():
         # of the last: test, if it is there
         figures = {name: metrics[f"{prefix}_{name}"] for name in METRICS if f"{prefix}_{name}" in metrics}
-        chose = best or args.stops_early
-        optimistic = chose and len(evaluated) == 1
-        about = f"{split}, which also chose the checkpoint: optimistic" if optimistic else split
+        chose = len(evaluated) == 1 and (best or args.stops_early)
+        about = f"{split}, which also chose the checkpoint: optimistic" if chose else split
         write_report(args, splits[split], output, positive, figures, about)
     if args.push_to_hub:
         on_hub = None if args.train_file or os.path.isdir(args.dataset_name) else args.dataset_name

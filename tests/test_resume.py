@@ -28,9 +28,14 @@ def finished(tmp_path_factory, argv):
 
 
 @pytest.fixture
-def resume(start, finished, tmp_path):
+def checkpoints(finished, tmp_path):
+    """A copy of the output folder of `finished`."""
+    return Path(shutil.copytree(finished.folder / "results_rdrop", tmp_path / "results_rdrop"))
+
+
+@pytest.fixture
+def resume(start, checkpoints):
     """`resume(*flags)` goes on from a copy of `finished`."""
-    shutil.copytree(finished.folder / "results_rdrop", tmp_path / "results_rdrop")
     return lambda *flags, **kwargs: start(*SHORT, *LAST, *flags, **kwargs)
 
 
@@ -147,18 +152,16 @@ def best_is_first(folder, best):
 
 
 @pytest.fixture
-def moved(resume, tmp_path):
+def moved(checkpoints):
     """A run that was moved, its best checkpoint the first, and another run, one that goes on, where it was."""
-    best_is_first(tmp_path / "results_rdrop", "results_rdrop/checkpoint-8")
-    (tmp_path / "results_rdrop").rename(tmp_path / "moved")
-    shutil.copytree(tmp_path / "moved", tmp_path / "results_rdrop")
-    state = tmp_path / "results_rdrop" / "checkpoint-8" / "trainer_state.json"
-    log, other = re.subn(r'("eval_runtime": )', r"\g<1>9", state.read_text())
-    assert other
-    state.write_text(log)
-    model = tmp_path / "results_rdrop" / "checkpoint-8" / "model.safetensors"
-    shutil.copy(tmp_path / "moved" / "checkpoint-16" / "model.safetensors", model)
-    return tmp_path / "moved"
+    best_is_first(checkpoints, "results_rdrop/checkpoint-8")
+    moved = checkpoints.rename(checkpoints.with_name("moved"))
+    other = Path(shutil.copytree(moved, checkpoints)) / "checkpoint-8"
+    log, changes = re.subn(r'("eval_runtime": )', r"\g<1>9", (other / "trainer_state.json").read_text())
+    assert changes
+    (other / "trainer_state.json").write_text(log)
+    shutil.copy(moved / "checkpoint-16" / "model.safetensors", other)
+    return moved
 
 
 @pytest.mark.parametrize("epochs", [2, 4])
@@ -217,12 +220,6 @@ def test_best_step_that_was_not_saved_is_no_best_model(start):
     path.write_text(json.dumps(state | {"best_global_step": 7, "best_metric": seventh}))
     run = start(*SHORT, "--metric_for_best_model", "loss", *LAST).wait()
     run.assert_one_line(2, "the best model so far, checkpoint-7, is missing, or was never saved")
-
-
-@pytest.fixture
-def checkpoints(finished, tmp_path):
-    """A copy of the output folder of `finished`."""
-    return Path(shutil.copytree(finished.folder / "results_rdrop", tmp_path / "copy"))
 
 
 def found(folder, asked):
