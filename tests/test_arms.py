@@ -112,11 +112,44 @@ def test_show_prints_each_setting_apart_and_starts_nothing(tmp_path):
     assert "| smooth | 3 | 80.00 ± 0.00 | 82.33 ± 1.53 |" in named and "alpha=2" not in named
     assert "| smooth | 2 | 80.00 ± 0.00 | 81.50 ± 0.71 |" in alphas and "| alpha=2 - smooth | 2 | " in alphas
     assert alphas.index("| smooth |") < alphas.index("| alpha=2 |") < alphas.index("| both |"), "in the order of alpha"
-    assert "KL by epoch, both: 1.0000, 3.0000 (the highest of a seed: 3.0000)" in named
+    assert "KL by epoch, both: 1.0000, 3.0000 (the highest of a seed: 3.0000; never falling: 3 of 3 seeds)" in named
     assert "| smooth | 3 | 80.00 ± 0.00 | 70.00 ± 0.00 |" in second and "both" not in second.partition("Shares")[0]
 
     run = show("--csv", tmp_path / "mine.csv", "--max_length", "64")
     assert run.returncode == 2 and "--show takes no other flag" in run.stderr
+
+
+def test_show_pairs_a_setting_with_the_one_that_it_adds_flags_to(tmp_path):
+    line = "{arm},{seed},{flags},0.8,{f1},{auc},0.5,0.1,{nll},4,{kl},600,500,EPYC\n"
+    table, rng = [",".join(arms.COLUMNS) + "\n"], np.random.default_rng(0)
+    base = "--model_name_or_path model"
+    longer = f"{base} --config_overrides dropout=0.3"
+    drawn = {}
+    for flags in (base, longer, f"{base}2"):
+        for seed in range(1, 6):
+            for arm in ("both", "two_pass"):
+                values = dict(zip(("f1", "auc", "nll"), rng.uniform(0.4, 0.9, 3).round(6), strict=True))
+                drawn[flags, arm, seed] = values["auc"]
+                kl = "1 2 3" if flags == base or seed == 1 else "1 3 2"
+                table.append(line.format(arm=arm, seed=seed, flags=flags, kl=kl, **values))
+    (tmp_path / "mine.csv").write_text("".join(table))
+    run = show("--csv", tmp_path / "mine.csv")
+    assert run.returncode == 0, run.stderr
+    first, more, other = run.stdout.split("Setting: ")[1:]
+    assert "Changed by" not in first + other, "only the second has all flags of the first, and more"
+    _, _, changes = more.partition("Changed by --config_overrides dropout=0.3")
+
+    def auc(flags, arm):
+        return 100 * np.array([drawn[flags, arm, seed] for seed in range(1, 6)])
+
+    plain, high = ({arm: auc(flags, arm) for arm in ("both", "two_pass")} for flags in (base, longer))
+    gains = [runs["both"] - runs["two_pass"] for runs in (high, plain)]
+    for name, pair in {"both": (high["both"], plain["both"]), "both - two_pass": gains}.items():
+        low, top = stats.ttest_rel(*pair).confidence_interval(0.95)
+        (row,) = [line for line in changes.splitlines() if line.startswith(f"| {name} | 5 |")]
+        better = int(np.sum(pair[0] > pair[1]))
+        assert row.split(" | ")[4] == f"{(low + top) / 2:+.2f} ± {(top - low) / 2:.2f} ({better})"
+    assert "never falling: 5 of 5 seeds" in first and "never falling: 1 of 5 seeds" in more
 
 
 def test_show_prints_what_the_pages_state():

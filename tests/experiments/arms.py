@@ -317,6 +317,38 @@ def print_arms(found, arms, seeds):
             print(f"| {arm} | {len(runs)} | {' | '.join([*cells, *times])} |")
 
 
+def smoothed(arm):
+    return arm_flags(arm, 1)[3] == "0.1"
+
+
+def difference(one, two):
+    return {name: one[name] - two[name] for name in [*FIGURES, *CALIBRATION]}
+
+
+def print_row(label, arms, differences, names, intervals, extra=()):
+    """Print a row of `differences`, dicts of figures, one a seed; adds to `intervals` what they are taken from."""
+    cells = []
+    for name in names:
+        if name == "eval_loss" and not all(map(smoothed, arms)):  # another loss, or test_nll once more
+            cells.append("-")
+            continue
+        values = intervals[f"{label} {name}"] = [figures[name] for figures in differences]
+        better = sum(d > 0 if name in SHARES else d < 0 for d in values)
+        cells.append(f"{cell(*paired(values), name, sign='+')} ({better})")
+    print(f"| {label} | {len(differences)} | {' | '.join([*cells, *extra])} |")
+
+
+def print_correction(intervals):
+    """Print how many of the `intervals` leave out zero, and what a correction for their number takes away."""
+    clear, corrected = (
+        [name for name, differences in intervals.items() if leaves_out_zero(differences, confidence)]
+        for confidence in (0.95, 1 - 0.05 / len(intervals))
+    )
+    print(f"{len(clear)} of {len(intervals)} intervals leave out zero.", end=" ")
+    print(f"Corrected for their number (Bonferroni): {'; '.join(corrected) or 'none'}")
+    print(f"Lost by the correction: {'; '.join(name for name in clear if name not in corrected) or 'none'}")
+
+
 def print_differences(found, arms, seeds):
     """Print the table of paired differences, and how many of its intervals leave out zero."""
     compared = [name for name in figures_of(found) if name != "train_nll"]  # less is neither better nor worse
@@ -327,33 +359,39 @@ def print_differences(found, arms, seeds):
         pairs = [(found[one, seed], found[two, seed]) for seed in seeds if {(one, seed), (two, seed)} <= found.keys()]
         if one not in arms or two not in arms or len(pairs) < 2:
             continue
-        smoothing = arm_flags(one, 1)[3], arm_flags(two, 1)[3]
-        cells = []
-        for name in compared:
-            if name == "eval_loss" and smoothing != ("0.1", "0.1"):  # another loss, or test_nll once more
-                cells.append("-")
-                continue
-            differences = intervals[one, "-", two, name] = [first[name] - second[name] for first, second in pairs]
-            better = sum(d > 0 if name in SHARES else d < 0 for d in differences)
-            cells.append(f"{cell(*paired(differences), name, sign='+')} ({better})")
+        differences = [difference(*pair) for pair in pairs]
         ratio, width = paired([first["cpu_seconds"] / second["cpu_seconds"] for first, second in pairs])
-        cells += [f"{ratio:.2f} ± {width:.2f}", needed([first["f1"] - second["f1"] for first, second in pairs])]
-        print(f"| {one} - {two} | {len(pairs)} | {' | '.join(cells)} |")
+        extra = f"{ratio:.2f} ± {width:.2f}", needed([figures["f1"] for figures in differences])
+        print_row(f"{one} - {two}", (one, two), differences, compared, intervals, extra)
         gaps = [first["gap"] - second["gap"] for first, second in pairs if first["best_epoch"] == second["best_epoch"]]
         if len(gaps) > 2:
             same_epoch.append(f"{one} - {two} {cell(*paired(gaps), 'gap', '+')} ({len(gaps)} seeds)")
     if not intervals:
         return
     print(NOTES)
-    clear, corrected = (
-        [" ".join(key) for key, differences in intervals.items() if leaves_out_zero(differences, confidence)]
-        for confidence in (0.95, 1 - 0.05 / len(intervals))
-    )
-    print(f"{len(clear)} of {len(intervals)} intervals leave out zero.", end=" ")
-    print(f"Corrected for their number (Bonferroni): {'; '.join(corrected) or 'none'}")
-    print(f"Lost by the correction: {'; '.join(name for name in clear if name not in corrected) or 'none'}")
+    print_correction(intervals)
     if same_epoch:
         print(f"Gap in the seeds whose best epochs agree: {'; '.join(same_epoch)}")
+
+
+def print_changes(found, base, arms, seeds):
+    """Print, seed by seed, what the flags change that the runs in `found` have beyond those in `base`: the figures of
+    each arm, and the differences between arms."""
+
+    def contrast(runs, names, seed):
+        first, *others = (runs[name, seed] for name in names)
+        return difference(first, *others) if others else first
+
+    names = [name for name in figures_of(found) if name in figures_of(base) and name != "train_nll"]
+    print(f"\n| change | seeds | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
+    intervals = {}
+    for row in [*((arm,) for arm in arms), *PAIRS]:
+        shared = [seed for seed in seeds if all((arm, seed) in runs for arm in row for runs in (found, base))]
+        if len(shared) > 1:
+            changes = [difference(contrast(found, row, seed), contrast(base, row, seed)) for seed in shared]
+            print_row(" - ".join(row), row, changes, names, intervals)
+    if intervals:
+        print_correction(intervals)
 
 
 def show(found, arms, seeds):
@@ -364,18 +402,26 @@ def show(found, arms, seeds):
         kls = [[float(kl) for kl in found[arm, seed]["kl"].split()] for seed in seeds if (arm, seed) in found]
         if kls and kls[0]:
             means = ", ".join(f"{np.mean(epoch):.4f}" for epoch in zip(*kls, strict=True))
-            print(f"KL by epoch, {arm}: {means} (the highest of a seed: {np.max(kls):.4f})")
+            rising = sum(kl == sorted(kl) for kl in kls)
+            print(f"KL by epoch, {arm}: {means} (the highest of a seed: {np.max(kls):.4f};", end=" ")
+            print(f"never falling: {rising} of {len(kls)} seeds)")
 
 
 def show_all(file):
     """Print the tables of every setting in the CSV file: the named arms, then the alphas, by the seeds they share."""
-    for setting, found in read(file).items():
+    settings = read(file)
+    for setting, found in settings.items():
         seeds = sorted({seed for _, seed in found})
         print(f"Setting: {setting}")
         for name in sorted({run["machine"] for run in found.values()}):
             print(f"Machine: {name}")
         print()
-        show(found, [arm for arm in ARMS if any((arm, seed) in found for seed in seeds)], seeds)
+        arms = [arm for arm in ARMS if any((arm, seed) in found for seed in seeds)]
+        show(found, arms, seeds)
+        for shorter, base in settings.items():
+            if setting.startswith(f"{shorter} "):
+                print(f"\nChanged by {setting.removeprefix(shorter).strip()}, in arms and in their differences")
+                print_changes(found, base, arms, seeds)
         alphas = {arm for arm, _ in found if arm.startswith("alpha=")}
         if alphas:
             alphas |= {"smooth", "two_pass", "both"} & {arm for arm, _ in found}
