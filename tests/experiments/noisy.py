@@ -1,9 +1,10 @@
 """Write reviews of IMDB for the experiment on noisy labels: for each seed a training, a validation and a test file.
 
     python tests/experiments/noisy.py noisy --imdb stanfordnlp/imdb --seeds 42 43 44
+    python tests/experiments/noisy.py few --train 100 --noisy 0
 
-`noisy/train_42.csv` holds 300 reviews, 60 of which, drawn with the seed, carry the other label. `validation_42.csv`
-(400 other reviews of train) and `test_42.csv` (2,000 of test) are clean.
+`noisy/train_42.csv` contains 300 reviews, of which 60, drawn with the seed, carry the wrong label. `validation_42.csv`
+(400 different reviews of train) and `test_42.csv` (2,000 of test) are clean.
 """
 
 import argparse
@@ -33,8 +34,10 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--imdb", default="stanfordnlp/imdb", help="Hub id or folder of the data set")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(42, 54)))
+    parser.add_argument("--train", type=int, default=300, help="training reviews (default: 300)")
+    parser.add_argument("--noisy", type=int, default=60, help="training reviews with a wrong label (default: 60)")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     imdb = load_dataset(options.imdb)
     for seed in options.seeds:
-        write(options.folder, imdb, seed)
+        write(options.folder, imdb, seed, options.train, options.noisy)
