@@ -1,56 +1,56 @@
-"""Data as people have them: their files, splits, labels and pairs; what cannot be trained on ends in one line."""
+"""What `load_splits` reads from files and folders: rows, classes and splits, compared with what was written."""
 
-import ast
+import csv
+import gzip
 import json
-import re
+import os
+import random
+from datetime import datetime
 
 import datasets
-import numpy as np
 import pandas as pd
 import pytest
-import transformers
-from conftest import Run
 from datasets import ClassLabel, Dataset, Features, Value
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from tiny_imdb import NEUTRAL, OPINION, make_reviews
-from transformers import AutoTokenizer, pipeline
 
-import train_rdrop
-from train_rdrop import UserError, load_splits, parse_args
+from train_rdrop import OwnArguments, UserError, load_splits
 
 GOOD = ["a fine film,1", "a dull film,0", "so fine,1", "so dull,0"]
 
 
-@pytest.fixture
-def load(argv):
-    """`load(*flags)`: the splits that a run with these flags trains and evaluates on."""
+def write(file, lines, header="text,label"):
+    """Write a header and `lines` into `file`, and return it."""
+    file.parent.mkdir(exist_ok=True, parents=True)
+    file.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return file
 
-    def load(*flags):
-        args = parse_args([str(flag) for flag in [*argv, "--report_to", "none", *flags]])
-        return load_splits(args, args.seed)
 
-    return load
+def load(file, **arguments):
+    """The rows of `file`, as train and as test alike."""
+    splits = load_splits(OwnArguments(train_file=str(file), test_file=str(file), **arguments))
+    assert splits["train"][:] == splits["test"][:]
+    return splits["train"]
+
+
+def load_folder(folder, **arguments):
+    return load_splits(OwnArguments(dataset_name=str(folder), **arguments))
+
+
+def labels_of(rows):
+    return [rows.features["labels"].names[label] for label in rows["labels"]]
 
 
 def sizes(splits):
     return {split: len(rows) for split, rows in splits.items()}
 
 
-def write_csv(file, lines, header="text,label"):
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("\n".join([header, *lines]) + "\n")
-    return file
+def write_parquet(file, texts, labels, names):
+    """A split as the Hub holds it: labels are numbers, `names` their names."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    file.parent.mkdir(exist_ok=True, parents=True)
+    Dataset.from_dict({"text": texts, "label": labels}, features).to_parquet(file)
 
 
-def write_split(folder, split, rows, names=("neg", "pos"), columns=("text",)):
-    """A split as the Hub holds it: `rows` of texts and a class id, -1 where there is no label."""
-    features = Features({column: Value("string") for column in columns} | {"label": ClassLabel(names=list(names))})
-    columns = dict(zip(features, zip(*rows, strict=True), strict=True))
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(columns, features).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-
-
-# ----------------------------------------------------------------------------------------------------------- files
+# ---- kinds of files
 TABLE = {
     "review": ["a fine film", 'so "fine", she\tsaid', "très bien, 很好", "NA", "dull\nand long", "so dull"],
     "stars": ["good", "good", "good", "NA", "None", "None"],
@@ -64,589 +64,370 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", [*KINDS, "csv.gz", "tsv.gz", "json.gz", "jsonl.gz"])
-def test_file_of_each_kind(load, tmp_path, name):
-    file = tmp_path / f"reviews.2024.{name}"
-    KINDS[name.removesuffix(".gz")](pd.DataFrame(TABLE), file)
-    assert (file.read_bytes()[:2] == b"\x1f\x8b") == name.endswith(".gz")
-    columns = ("--text_column", "review", "--label_column", "stars")
-    splits = load("--train_file", file, "--validation_file", file, "--test_file", file, *columns)
-    assert list(splits) == ["train", "validation", "test"]
-    for rows in splits.values():
-        assert rows["text"][:] == TABLE["review"]
-        assert rows.features["labels"].names == ["NA", "None", "good"] and rows["labels"][:] == [2, 2, 2, 0, 1, 1]
+@pytest.mark.parametrize("kind", KINDS)
+def test_file_of_each_kind(tmp_path, kind):
+    for end in [""] if kind == "parquet" else ["", ".gz"]:
+        file = tmp_path / f"reviews.2024.{kind}{end}"
+        KINDS[kind](pd.DataFrame(TABLE), file)
+        assert (file.read_bytes()[:2] == b"\x1f\x8b") == (end == ".gz")
+        rows = load(file, text_column="review", label_column="stars")
+        assert rows["text"][:] == TABLE["review"] and labels_of(rows) == TABLE["stars"]
+        assert rows.features["labels"].names == ["NA", "None", "good"] and rows["row"][:] == list(range(6))
 
 
-@pytest.fixture(scope="module")
-def files_run(tmp_path_factory, argv):
-    """A run on three files of three kinds, with labels -1 and 1 of which -1 is the positive one, cut to 20 tokens."""
-    folder = tmp_path_factory.mktemp("files")
-    for name, count, seed in (("train.csv", 192, 5), ("validation.tsv", 40, 6), ("test.jsonl.gz", 50, 7)):
-        reviews = make_reviews(count, seed)
-        table = pd.DataFrame({"text": reviews["text"][:], "label": [2 * label - 1 for label in reviews["label"][:]]})
-        if name == "train.csv":  # a blank label makes floats of all labels
-            table.loc[5, "text"], table.loc[9, "label"] = "  ", None
-        KINDS[name.split(".")[1]](table, folder / name)
-    files = ("--train_file", "train.csv", "--validation_file", "validation.tsv", "--test_file", "test.jsonl.gz")
-    flags = ("--positive_label", "-1", "--max_length", "20", "--num_train_epochs", "4")
-    pace = ("--per_device_train_batch_size", "8", "--learning_rate", "3e-3")
-    run = Run([*argv, *files, *flags, *pace], folder).wait()
-    assert run.status == 0, run.err
-    return run
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_folder_of_each_kind(tmp_path, kind):
+    for split, rows in (("train", slice(None)), ("test", slice(2))):
+        KINDS[kind](pd.DataFrame(TABLE)[rows], tmp_path / f"{split}.{kind}")
+    splits = load_folder(tmp_path, text_column="review", label_column="stars")
+    assert splits["train"]["text"][:] == TABLE["review"] and labels_of(splits["train"]) == TABLE["stars"]
+    assert splits["test"]["text"][:] == TABLE["review"][:2] and labels_of(splits["test"]) == ["good", "good"]
 
 
-def test_files_start_lines_and_summary(files_run):
-    lines = files_run.out.splitlines()
-    assert [line for line in lines if re.match("(train|validation|test): .* rows", line)] == [
-        "train: 190 of 192 rows, {'-1': 94, '1': 96}",
-        "validation: 40 of 40 rows, {'-1': 20, '1': 20}",
-        "test: 50 of 50 rows, {'-1': 25, '1': 25}",
-    ]
-    tokenizer = AutoTokenizer.from_pretrained(files_run.folder / "results_rdrop")
-    texts = pd.read_csv(files_run.folder / "train.csv").dropna()["text"]
-    lengths = [len(tokens) for tokens in tokenizer([text for text in texts if text.strip()])["input_ids"]]
-    cut = sum(length > 20 for length in lengths)
-    assert f"train: {sum(min(length, 20) for length in lengths)} tokens; {cut} texts are cut to 20" in lines
-    figures = files_run.json("all_results.json")
-    said = ", ".join(f"{name} {figures['test_' + name]:.4f}" for name in ("accuracy", "f1", "auc", "loss"))
-    assert f"test: {said} (F1 and AUC of '-1')" in lines
-    assert files_run.err.count("are left out") == 1
-    assert "train: 2 of 192 rows without text or label are left out." in files_run.err
+def test_folder_of_arrow_files(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    for split in ("train", "test"):
+        rows = Dataset.from_dict({"text": [f"{split} a", f"{split} b"], "label": [1, 0]}, features)
+        rows.save_to_disk(tmp_path / "saved" / split)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (part,) = (tmp_path / "saved" / split).glob("*.arrow")
+        part.rename(tmp_path / "data" / f"{split}.arrow")
+    splits = load_folder(tmp_path / "data")
+    assert splits["test"]["text"][:] == ["test a", "test b"] and labels_of(splits["test"]) == ["neg", "pos"]
+    assert splits["train"].features["labels"].names == ["pos", "neg"]
 
 
-def test_validation_file_chooses_and_test_file_is_evaluated_once(files_run):
-    history = files_run.json("trainer_state.json")["log_history"]
-    evals = [entry["eval_f1"] for entry in history if "eval_f1" in entry]
-    assert len(evals) == 5 and evals[-1] == max(evals) == files_run.json("eval_results.json")["eval_f1"]
-    assert ["test_f1" in entry for entry in history].count(True) == 1 and "test_f1" in history[-1]
+def test_key_that_comes_late_and_text_that_looks_like_a_date(tmp_path):
+    rows = [{"text": f"2024-01-{row % 30 + 1:02}", "label": row % 2, "late": None} for row in range(300)]
+    for row in rows[200:]:
+        row |= {"late": "3 votes", "later": [{"at": "2024-01-31"}]}
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    read = load(tmp_path / "rows.jsonl")
+    assert read["text"][:] == [row["text"] for row in rows] and read["labels"][:] == [0, 1] * 150
 
 
-def scores_of(folder, inputs):
-    """The score of each class for each of `inputs`, as a user gets them from the saved model: {name: [...]}."""
-    answers = pipeline("text-classification", model=str(folder), truncation=True, top_k=None)(inputs)
-    answers = [{part["label"]: part["score"] for part in answer} for answer in answers]
-    return {name: [answer[name] for answer in answers] for name in answers[0]}
-
-
-@pytest.mark.parametrize("prefix, file", [("eval", "validation.tsv"), ("test", "test.jsonl.gz")])
-def test_pipeline_gives_the_figures_reported(files_run, prefix, file):
-    config = files_run.json("config.json")
-    assert config["id2label"] == {"0": "-1", "1": "1"} and config["label2id"] == {"-1": 0, "1": 1}
-    read = pd.read_json if "json" in file else pd.read_csv
-    table = read(files_run.folder / file, **({"lines": True} if "json" in file else {"sep": "\t"}))
-    scores = scores_of(files_run.folder / "results_rdrop", table["text"].tolist())
-    negative, answers = table["label"] == -1, [a > b for a, b in zip(scores["-1"], scores["1"], strict=True)]
-    reported = {name: files_run.json("all_results.json")[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc")}
-    assert reported["accuracy"] == accuracy_score(negative, answers) and 0.5 < reported["accuracy"] < 1
-    assert reported["f1"] == pytest.approx(f1_score(negative, answers))
-    assert reported["auc"] == pytest.approx(roc_auc_score(negative, scores["-1"]))
-    other = f1_score(~negative, [not answer for answer in answers])
-    assert reported["f1"] != pytest.approx(other), "else this test would not see which class is meant"
-
-
-def test_positive_label_that_is_not_one_of_two_classes_is_refused(load, tmp_path, start):
-    two = write_csv(tmp_path / "two.csv", GOOD)
-    three = write_csv(tmp_path / "three.csv", [*GOOD, "so so,2"])
-    for file, label, classes in ((two, "good", "['0', '1']"), (three, "1", "['0', '1', '2']")):
-        run = start("--train_file", file, "--test_file", file, "--positive_label", label).wait()
-        run.assert_one_line(2, f"--positive_label '{label}' is not one of two: {classes}")
-    assert sizes(load("--train_file", two, "--test_file", two, "--positive_label", "0")) == {"train": 4, "test": 4}
-
-
-# ---------------------------------------------------------------------------------------------------------- splits
-SIZES = {"train": 40, "validation": 12, "test": 20, "validation_matched": 14, "validation_mismatched": 16}
-ALL = ["train", "validation", "test"]
-GLUE = ["train", "validation_matched", "validation_mismatched", "test"]
-RULE = [  # splits that there are, flags, splits used: (name here, name there or rows)
-    (["train", "validation"], "", {"train": 40, "validation": "validation"}),
-    (["train", "test"], "", {"train": 40, "test": "test"}),
-    (ALL, "", {"train": 40, "validation": "validation", "test": "test"}),
-    (["train"], "--validation_fraction 0.1", {"train": 36, "validation": 4}),
-    (["train", "test"], "--validation_fraction 0.1", {"train": 36, "validation": 4, "test": "test"}),
-    (ALL, "--validation_split none --validation_fraction 0.25", {"train": 30, "validation": 10, "test": "test"}),
-    (ALL, "--validation_split none", {"train": 40, "test": "test"}),
-    (ALL, "--test_split none", {"train": 40, "validation": "validation"}),
-    (GLUE, "--validation_split validation_matched", {"train": 40, "validation": "validation_matched", "test": "test"}),
-    (
-        GLUE,
-        "--validation_split validation_matched --test_split validation_mismatched",
-        {"train": 40, "validation": "validation_matched", "test": "validation_mismatched"},
-    ),
-]
-
-
-def write_splits(folder, names):
-    """Each split holds texts of its own; beside them IMDB's `unsupervised`, without labels."""
-    for split in names:
-        write_split(folder, split, [(f"{split} {row}", row % 2) for row in range(SIZES[split])])
-    write_split(folder, "unsupervised", [("nobody has read it", -1)] * 8)
-
-
-@pytest.mark.parametrize("there, flags, used", RULE, ids=[f"{'+'.join(there)} {flags}" for there, flags, _ in RULE])
-def test_rule_of_the_splits(load, tmp_path, capsys, caplog, there, flags, used):
-    write_splits(tmp_path, there)
-    splits = load("--dataset_name", tmp_path, *flags.split())
-    assert splits.keys() == used.keys()
-    for split, rows in splits.items():
-        name = used[split]
-        if isinstance(name, str):
-            assert rows["text"][:] == [f"{name} {row}" for row in range(SIZES[name])]
-        else:
-            assert len(rows) == name and all(text.startswith("train ") for text in rows["text"])
-    assert "unsupervised" not in capsys.readouterr().out and not caplog.messages
-
-
-REFUSED = [  # splits that there are, flags, and what the line must say
-    (["train"], "", ["no validation or test split", "--validation_fraction 0.1", "--validation_split"]),
-    (["train", "validation"], "--validation_split none", ["--validation_fraction 0.1", "--validation_split"]),
-    (ALL, "--validation_fraction 0.1", ["a validation split is there", "--validation_fraction"]),
-    (["train", "test"], "--validation_split dev", ["has no split 'dev', only: train, test, unsupervised"]),
-    (["train", "validation"], "--test_split final", ["has no split 'final', only: train, validation, unsupervised"]),
-    (["validation", "test"], "", ["has no split 'train', only: validation, test, unsupervised"]),
-]
-
-
-@pytest.mark.parametrize("there, flags, words", REFUSED)
-def test_splits_that_are_refused(load, tmp_path, there, flags, words):
-    write_splits(tmp_path, there)
-    with pytest.raises(UserError) as error:
-        load("--dataset_name", tmp_path, *flags.split())
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_configuration_of_a_data_set(load, tmp_path):
-    for name, word in (("en", "film"), ("de", "Kino")):
-        (tmp_path / name).mkdir()
-        for split in ("train", "test"):
-            write_split(tmp_path / name, split, [(f"{word} {row}", row % 2) for row in range(4)])
-    configs = [f"- config_name: {name}\n  data_dir: {name}\n" for name in ("en", "de")]
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
-    splits = load("--dataset_name", tmp_path, "--dataset_config_name", "de")
-    assert splits["train"]["text"][0] == "Kino 0"
-    with pytest.raises(UserError, match="'en', 'de'"):
-        load("--dataset_name", tmp_path)
-
-
-def test_validation_part_is_held_out_stratified_and_drawn_with_the_seed(load):
-    whole = load()
-    assert list(whole) == ["train", "test"]
-    held = load("--validation_fraction", "0.1")
-    assert sizes(held) == {"train": 360, "validation": 40, "test": 100}
-    assert sum(held["validation"]["labels"]) == 20
-    assert sorted(held["train"]["text"][:] + held["validation"]["text"][:]) == sorted(whole["train"]["text"])
-    assert held["validation"]["text"][:] == load("--validation_fraction", "0.1")["validation"]["text"][:]
-    assert held["validation"]["text"][:] != load("--validation_fraction", "0.1", "--seed", "1")["validation"]["text"][:]
-
-
-def test_samples_are_drawn_with_the_seed_from_all_labels(load):
-    part = load("--max_train_samples", "60", "--max_eval_samples", "50")
-    assert len(part["train"]) == 60 and len(part["test"]) == 50
-    assert 15 <= sum(part["train"]["labels"]) <= 45, "the first rows are all negative"
-    assert part["train"]["text"][:] == load("--max_train_samples", "60")["train"]["text"][:]
-    assert part["train"]["text"][:] != load("--max_train_samples", "60", "--seed", "7")["train"]["text"][:]
-
-
-# ---------------------------------------------------------------------------------------------------------- labels
-LABELS = [  # kind of file, labels as it holds them, the names of the classes, the labels as their ids
-    ("csv", ["good", "bad", "so so"], ["bad", "good", "so so"], [1, 0, 2]),
-    ("csv", [" good", "good ", "bad", "  bad"], ["bad", "good"], [1, 1, 0, 0]),
-    ("csv", ["1", "5", "3", "4", "2"], ["1", "2", "3", "4", "5"], [0, 4, 2, 3, 1]),
-    ("csv", ["10", "1", "2"], ["1", "2", "10"], [2, 0, 1]),
-    ("csv", ["1", "-1"], ["-1", "1"], [1, 0]),
-    ("csv", ["4.0", "2.0"], ["2", "4"], [1, 0]),
-    ("csv", ["true", "false"], ["false", "true"], [1, 0]),
+# ---- labels
+LABELS = [  # kind of file, labels as written, the names of the classes, the labels as their numbers
+    ("csv", [" good", "good ", "bad", "  so so"], ["bad", "good", "so so"], [1, 1, 0, 2]),
+    ("csv", ["10", "1", "2", "-1"], ["-1", "1", "2", "10"], [3, 1, 2, 0]),
     ("csv", ["True", "true", "TRUE", "1"], ["1", "TRUE", "True", "true"], [2, 3, 1, 0]),
     ("csv", ["01", "1", "02", "10"], ["01", "1", "02", "10"], [0, 1, 2, 3]),
+    ("csv", ["1.0", "1", "2.0"], ["1", "2"], [0, 0, 1]),
     ("csv", ["1e3", "+1", "1000", "0x1", "1_0"], ["+1", "0x1", "1000", "1_0", "1e3"], [4, 0, 2, 1, 3]),
-    ("csv", ["1.0", "1", "2.0", "-0.0"], ["0", "1", "2"], [1, 1, 2, 0]),
-    ("csv", ["2024-01-31", "1/2", "10:30"], ["1/2", "10:30", "2024-01-31"], [2, 0, 1]),
-    ("csv", ["123456789012345678901", "2"], ["123456789012345678901", "2"], [0, 1]),
     ("csv", ["None", "NA", "nan", "null", "N/A"], ["N/A", "NA", "None", "nan", "null"], [2, 1, 3, 4, 0]),
-    ("jsonl", [2, 0, 1], ["0", "1", "2"], [2, 0, 1]),
-    ("jsonl", ["10", " 1", "2 "], ["1", "2", "10"], [2, 0, 1]),
-    ("jsonl", ["10", "2", "two"], ["10", "2", "two"], [0, 1, 2]),
-    ("jsonl", [10.0, 2.0, 1.0], ["1", "2", "10"], [2, 1, 0]),
+    ("csv", ["123456789012345678901", "2"], ["123456789012345678901", "2"], [0, 1]),
+    ("jsonl", [10.0, 2, "1"], ["1", "2", "10"], [2, 1, 0]),
     ("jsonl", [True, False], ["False", "True"], [1, 0]),
-    ("jsonl", ["01", 1, "1", 1.0, "1.0"], ["01", "1", "1.0"], [0, 1, 1, 1, 2]),
-    ("jsonl", ["2024-01-31", "2024-01-31T10:00:00Z"], ["2024-01-31", "2024-01-31T10:00:00Z"], [0, 1]),
 ]
 
 
-@pytest.mark.parametrize("kind, labels, names, ids", LABELS)
-def test_labels_of_each_kind(load, tmp_path, kind, labels, names, ids):
+@pytest.mark.parametrize("kind, labels, names, numbers", LABELS)
+def test_labels_are_taken_as_spelled(tmp_path, kind, labels, names, numbers):
     file = tmp_path / f"rows.{kind}"
     if kind == "csv":
-        write_csv(file, [f"text {i},{label}" for i, label in enumerate(labels)])
+        write(file, [f"text {i},{label}" for i, label in enumerate(labels)])
     else:
         file.write_text("\n".join(json.dumps({"text": f"text {i}", "label": label}) for i, label in enumerate(labels)))
-    for rows in load("--train_file", file, "--test_file", file).values():
-        assert rows.features["labels"].names == names and rows["labels"][:] == ids
+    rows = load(file)
+    assert rows.features["labels"].names == names and rows["labels"][:] == numbers
 
 
-def test_columns_by_any_name_beside_others(load, tmp_path):
-    rows = [{"length": f"text {i}", "stars": i % 3, "labels": i, "text": None, "text_pair": i} for i in range(6)]
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    splits = load("--dataset_name", tmp_path, "--text_column", "length", "--label_column", "stars")
-    for rows in splits.values():
-        assert set(rows.column_names) == {"text", "labels", "row"} and rows["labels"][:] == [0, 1, 2] * 2
-        assert rows["text"][:] == [f"text {i}" for i in range(6)]
-
-
-def test_declared_classes_stay_though_train_lacks_one(load, tmp_path, capsys):
-    names = ["very good", "bad", "so so"]  # not sorted: their order is what counts
-    write_split(tmp_path, "train", [("a", 0), ("b", 1), ("c", 1)], names)
-    write_split(tmp_path, "test", [("d", 2), ("e", 0)], names)
-    splits = load("--dataset_name", tmp_path)
+def test_declared_classes_stay_in_their_order_though_train_lacks_one(tmp_path):
+    names = ["very good", "bad", "so so"]
+    write_parquet(tmp_path / "train.parquet", ["a", "b", "c"], [0, 1, 1], names)
+    write_parquet(tmp_path / "test.parquet", ["d", "e"], [2, 0], names)
+    splits = load_folder(tmp_path)
     assert splits["train"].features["labels"].names == splits["test"].features["labels"].names == names
-    assert splits["train"]["labels"][:] == [0, 1, 1] and splits["test"]["labels"][:] == [2, 0]
-    (counts,) = re.findall("^train: 3 of 3 rows, (.*)", capsys.readouterr().out, re.M)
-    assert ast.literal_eval(counts) == {"very good": 1, "bad": 2, "so so": 0}
+    assert splits["test"]["labels"][:] == [2, 0]
 
 
-# ---------------------------------------------------------------------------------------- rows without text or label
-NAN = float("nan")
-MISSING = [  # kind of file, rows (text, label), rows left out
+def test_test_file_that_declares_its_classes_in_another_order_is_mapped_by_name(tmp_path):
+    write_parquet(tmp_path / "train.parquet", ["a", "b", "c"], [0, 1, 2], ["bad", "fair", "good"])
+    write_parquet(tmp_path / "test.parquet", ["d", "e"], [0, 1], ["good", "bad"])
+    assert labels_of(load_folder(tmp_path)["test"]) == ["good", "bad"]
+    assert load_folder(tmp_path)["test"]["labels"][:] == [2, 0]
+
+
+def test_card_of_a_csv_folder_declares_the_classes(tmp_path):
+    names = ["None", "neg", "pos"]
+    card = ["---", "dataset_info:", "  features:", "  - name: text", "    dtype: string", "  - name: label"]
+    card += ["    dtype:", "      class_label:", "        names:"]
+    card += [f"          '{i}': {name}" for i, name in enumerate(names)]
+    write(tmp_path / "README.md", [*card[1:], "---"], header="---")
+    write(tmp_path / "train.csv", ["a,0", "b,1", "c,2", "d,-1", "e,None"])
+    write(tmp_path / "test.csv", ["f,pos", "g,None", "h,1"])
+    splits = load_folder(tmp_path)
+    assert splits["train"].features["labels"].names == names
+    assert splits["train"]["labels"][:] == [0, 1, 2, 0] and splits["train"]["row"][:] == [0, 1, 2, 4]
+    assert splits["test"]["labels"][:] == [2, 0, 1]
+
+
+# ---- rows without a text or without a label
+MISSING = [  # kind of file, rows (text, label), the rows left out
     ("csv", [("a", 1), (None, 0), ("b", 0), ("  ", 1), ("c", 1)], [1, 3]),
     ("csv", [("a", "x"), ("b", "y"), ("c", None), ("d", " ")], [2, 3]),
-    ("csv", [("a", 1), ("b", 2), ("c", None)], [2]),
-    ("csv", [("a", True), ("b", None), ("c", False)], [1]),
-    ("jsonl", [("a", 1), ("b", None), ("c", 0)], [1]),
+    ("csv", [("a", 1.0), ("b", 2.0), ("c", None)], [2]),
     ("jsonl", [("\t\n", "x"), ("b", "x"), (None, "y"), ("c", "y"), ("d", "")], [0, 2, 4]),
-    ("jsonl", [("a", 1), ("b", NAN), ("c", 0)], [1]),
-    ("parquet", [("a", 1.0), ("b", NAN), ("c", 2.0), ("d", None)], [1, 3]),
+    ("parquet", [("a", 1.0), ("b", float("nan")), ("c", 2.0), ("d", None)], [1, 3]),
 ]
 
 
 @pytest.mark.parametrize("kind, rows, missing", MISSING)
-def test_rows_without_text_or_label_are_left_out_with_one_warning(load, tmp_path, caplog, capsys, kind, rows, missing):
-    good = [row for i, row in enumerate(rows) if i not in missing]
-    for name, part in (("train", rows), ("test", good)):
-        texts, labels = zip(*part, strict=True)
-        file = tmp_path / f"{name}.{kind}"
-        if kind == "csv":  # pandas writes None as an empty field
-            pd.DataFrame({"text": texts, "label": pd.Series(labels, dtype=object)}).to_csv(file, index=False)
-        elif kind == "jsonl":
-            lines = [json.dumps({"text": text, "label": label}) for text, label in part]
-            file.write_text("\n".join(lines))
-        else:
-            Dataset.from_dict({"text": texts, "label": labels}).to_parquet(file)
-    splits = load("--train_file", tmp_path / f"train.{kind}", "--test_file", tmp_path / f"test.{kind}")
-    for part in splits.values():
-        assert part["text"][:] == [text for text, _ in good] and None not in part["labels"][:]
-    assert splits["train"]["labels"][:] == splits["test"]["labels"][:]
-    assert caplog.messages == [f"train: {len(missing)} of {len(rows)} rows without text or label are left out."]
-    assert f"train: {len(good)} of {len(rows)} rows, " in capsys.readouterr().out
+def test_rows_without_text_or_label_are_left_out_and_others_keep_their_number(tmp_path, caplog, kind, rows, missing):
+    file = tmp_path / f"rows.{kind}"
+    table = pd.DataFrame(rows, columns=["text", "label"])
+    if kind == "jsonl":
+        file.write_text("\n".join(json.dumps(dict(zip(table.columns, row, strict=True))) for row in rows))
+    else:
+        KINDS[kind](table, file)
+    read = load(file)
+    kept = [row for row in range(len(rows)) if row not in missing]
+    assert read["row"][:] == kept and read["text"][:] == [rows[row][0] for row in kept]
+    assert all(str(len(missing)) in message and str(len(rows)) in message for message in caplog.messages)
+    assert len(caplog.messages) == 2, "one for each split"
 
 
-def test_minus_one_under_declared_classes_is_no_label(load, tmp_path, caplog):
-    write_split(tmp_path, "train", [("a", 0), ("b", -1), ("c", 1)])
-    write_split(tmp_path, "validation", [("a", 0), ("b", 1)])
-    write_split(tmp_path, "test", [("d", -1), ("e", -1)])  # GLUE's are like this
-    splits = load("--dataset_name", tmp_path)
-    assert sizes(splits) == {"train": 2, "validation": 2} and splits["train"]["text"][:] == ["a", "c"]
-    assert [message[:24] for message in caplog.messages] == ["train: 1 of 3 rows witho", "test: 2 of 2 rows withou"]
+def test_label_of_minus_one_is_missing_where_classes_are_declared(tmp_path):
+    write_parquet(tmp_path / "train.parquet", ["a", "b", "c"], [0, -1, 1], ["neg", "pos"])
+    write_parquet(tmp_path / "validation.parquet", ["d", "e"], [1, 0], ["neg", "pos"])
+    write_parquet(tmp_path / "test.parquet", ["f", "g"], [-1, -1], ["neg", "pos"])  # as in GLUE
+    splits = load_folder(tmp_path)
+    assert sizes(splits) == {"train": 2, "validation": 2} and splits["train"]["row"][:] == [0, 2]
+    assert load(write(tmp_path / "rows.csv", ["a,-1", "b,1"])).features["labels"].names == ["-1", "1"]
 
 
-def test_row_without_its_second_text_is_left_out(load, tmp_path, caplog):
-    file = write_csv(tmp_path / "pairs.csv", ["a,b,1", "c,,0", "d,e,0", ",f,1"], "text,other,label")
-    splits = load("--train_file", file, "--test_file", file, "--text_pair_column", "other")
-    assert splits["train"][:] == {"text": ["a", "d"], "text_pair": ["b", "e"], "labels": [1, 0], "row": [0, 2]}
-    assert "2 of 4 rows" in caplog.messages[0]
+def test_pairs_of_texts(tmp_path):
+    lines = ["a,so it is,1", "b,is it,0", "c,,1", ",d,0"]
+    rows = load(
+        write(tmp_path / "pairs.csv", lines, "premise,other,label"), text_column="premise", text_pair_column="other"
+    )
+    assert rows["text"][:] == ["a", "b"] and rows["text_pair"][:] == ["so it is", "is it"]
 
 
-def test_split_of_which_nothing_remains_counts_as_not_there(load, tmp_path, caplog, capsys):
-    good = write_csv(tmp_path / "good.csv", GOOD * 5)
-    empty = write_csv(tmp_path / "empty.csv", ["a,", "b,", ",1"])
-    files = ("--train_file", good, "--validation_file", empty)
-    assert sizes(load(*files, "--test_file", good)) == {"train": 20, "test": 20}
-    assert caplog.messages[0].startswith("validation: 3 of 3 rows")
-    assert sizes(load(*files, "--validation_fraction", "0.2")) == {"train": 16, "validation": 4}
-    assert "validation: 4 of 20 rows, {'0': 2, '1': 2}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no validation or test split"):
-        load(*files)
-    with pytest.raises(UserError, match=r"train has one label only, \[\]: nothing to learn"):
-        load("--train_file", empty, "--test_file", good)
+# ---- stray quotes
+STRAY = ["a film\t1", '"so dull\t0', "a plot\t1", 'so fine"\t1', "so so\t0"]
 
 
-# ----------------------------------------------------------------------------------------------------------- pairs
-NLI = ["entailment", "neutral", "contradiction"]
-PAIRED = ("--text_column", "premise", "--text_pair_column", "hypothesis")
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv.gz"])
+def test_rows_that_stray_quotes_swallow_are_not_lost_in_silence(tmp_path, caplog, name):
+    lines = ["text\tlabel", *STRAY]
+    text = "\n".join(line.replace("\t", "," if "csv" in name else "\t") for line in lines) + "\n"
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    assert len(load(tmp_path / name)) == 3
+    assert all("--quoting none" in message for message in caplog.messages) and len(caplog.messages) == 2
+    caplog.clear()
+    rows = load(tmp_path / name, quoting="none")
+    assert rows["text"][:] == [line.split("\t")[0] for line in STRAY] and not caplog.messages
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory, argv):
-    """A run on pairs as GLUE has them, by a BERT, whose token types tell both texts apart: (run, pairs by split)."""
-    folder, rows = tmp_path_factory.mktemp("pairs"), {}
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *NEUTRAL, *OPINION[0], *OPINION[1]]
-    tokenizer = transformers.BertTokenizer({word: i for i, word in enumerate(words)}, model_max_length=64)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.BertConfig(**shape, vocab_size=len(words), max_position_embeddings=64)
-    for part in (tokenizer, transformers.BertForSequenceClassification(config)):
-        part.save_pretrained(folder / "model")
-    for split, count in (("train", 64), ("validation_matched", 32), ("test", 6)):
-        first, second = (make_reviews(count, seed=count + i) for i in (0, 1))
-        labels = [-1 if split == "test" else i % 3 for i in range(count)]
-        rows[split] = list(zip(first["text"], second["text"], labels, strict=True))
-        write_split(folder / "nli", split, rows[split], NLI, ("premise", "hypothesis"))
-    flags = ("--model_name_or_path", "model", "--dataset_name", "nli", *PAIRED, "--max_length", "20")
-    splits = ("--validation_split", "validation_matched", "--test_split", "none", "--num_train_epochs", "1")
-    run = Run([*argv, *flags, *splits], folder, prelude="show_batches.py").wait()
-    assert run.status == 0, run.err
-    return run, rows
+def test_quote_that_breaks_the_file_is_an_error(tmp_path):
+    for line in ('"so" so,0', '"so so,0'):
+        file = write(tmp_path / "rows.csv", [*GOOD, line, *GOOD])
+        with pytest.raises(UserError, match="--quoting none"):
+            load(file)
+        assert len(load(file, quoting="none")) == 9
 
 
-def test_pairs_are_encoded_as_the_tokenizer_encodes_pairs(pairs):
-    run, rows = pairs
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
-    cut = set()
-    for name, split in (("TRAIN", "train"), ("EVAL", "validation_matched")):
-        wanted = []
-        for first, second, label in rows[split]:
-            tokens = tokenizer(first, second, truncation="longest_first", max_length=20)
-            wanted.append([tokens["input_ids"], tokens["token_type_ids"], label])
-            cut.add((len(tokenizer(first)["input_ids"]) > 10, len(tokenizer(second)["input_ids"]) > 10))
-        (shown,) = re.findall(f"^{name} (.*)", run.out, re.M)
-        assert sorted(wanted) == sorted(json.loads(shown))
-    assert len(cut) == 4, "either text is the longer one in some pair"
-    (counts,) = re.findall("^train: 64 of 64 rows, (.*)", run.out, re.M)
-    assert ast.literal_eval(counts) == {"entailment": 22, "neutral": 21, "contradiction": 21}
-    assert "\nvalidation: 32 of 32 rows, " in run.out and "(macro F1 and AUC)" in run.out
-
-
-def test_pipeline_gives_the_figures_reported_for_pairs(pairs):
-    run, rows = pairs
-    inputs = [{"text": first, "text_pair": second} for first, second, _ in rows["validation_matched"]]
-    labels = [label for _, _, label in rows["validation_matched"]]
-    scores = scores_of(run.folder / "results_rdrop", inputs)
-    probabilities = np.array([scores[name] for name in NLI]).T
-    figures = run.json("all_results.json")
-    assert figures["eval_accuracy"] == accuracy_score(labels, probabilities.argmax(1))
-    wanted = 0.9 * np.eye(3)[labels] + 0.1 / 3  # what the smoothed loss, which sees every token, is about
-    assert figures["eval_loss"] == pytest.approx(-(wanted * np.log(probabilities)).sum(1).mean(), rel=1e-5)
-
-
-# -------------------------------------------------------------------------------------------------------- messages
-FILES = "--train_file data/train.csv --test_file data/test.csv"
-LATIN = "très bien,1".encode("latin-1")
-DATA = {  # what is wrong: flags, files of the folder `data`, and what the line must say
-    "one file alone": ("--train_file data/train.csv", {"train.csv": GOOD}, ["--validation_fraction 0.1"]),
-    "validation and fraction": (
-        "--train_file data/train.csv --validation_file data/train.csv --validation_fraction 0.1",
-        {"train.csv": GOOD},
-        ["a validation split is there: leave out --validation_fraction"],
-    ),
-    "no data files": ("", {"notes.md": []}, ["cannot load data, split 'train' ("]),
-    "file that is not there": (FILES, {"train.csv": GOOD}, ["cannot load data/test.csv (FileNotFoundError"]),
-    "file of no known kind": ("--train_file data/t.txt", {"t.txt": GOOD}, ["data/t.txt does not end in .csv, "]),
-    "train file without rows": (
-        FILES,
-        {"train.csv": [], "test.csv": GOOD},
-        ["cannot load data/train.csv (ValueError: it holds no rows)"],
-    ),
-    "test file without rows": (
-        FILES,
-        {"train.csv": GOOD, "test.csv": []},
-        ["cannot load data/test.csv (ValueError: it holds no rows)"],
-    ),
-    "file of no bytes": (
-        "--train_file data/train.csv --test_file data/none.csv",
-        {"train.csv": GOOD, "none.csv": []},
-        ["cannot load data/none.csv (ValueError: it holds no rows)"],
-    ),
-    "empty split": (
-        "",
-        {"train.csv": GOOD, "test.csv": []},
-        ["cannot load data, split 'test' (ValueError: it holds no rows)"],
-    ),
-    "empty train split": (
-        "",
-        {"train.csv": [], "test.csv": GOOD},
-        ["cannot load data, split 'train' (ValueError: it holds no rows)"],
-    ),
-    "ragged csv": (
-        FILES,
-        {"train.csv": [*GOOD, "a,b,c,d"], "test.csv": GOOD},
-        ["train.csv, near line 6: more or fewer fields"],
-    ),
-    "ragged split": (
-        "",
-        {"train.csv": [*GOOD, "a"], "test.csv": GOOD},
-        ["data, split 'train' (Error: train.csv, near line 6: more or fewer fields", "--quoting none"],
-    ),
-    "files of two kinds": (
-        "",
-        {"train.csv": GOOD, "test.jsonl": ['{"text": "a"}']},
-        ["cannot load data, split 'train' (", "same"],
-    ),
-    "comma that is not quoted": (
-        FILES,
-        {"train.csv": ["dull, and so,0", "fine, and so,1"], "test.csv": GOOD},
-        ["cannot load data/train.csv (Error: train.csv, near line 2: more or fewer fields", "csv with commas"],
-    ),
-    "latin-1 csv": (FILES, {"train.csv": [*GOOD, LATIN], "test.csv": GOOD}, ["data/train.csv (Uni", "UTF-8"]),
-    "latin-1 test file": (FILES, {"train.csv": GOOD, "test.csv": [LATIN]}, ["data/test.csv (Uni", "UTF-8"]),
-    "latin-1 jsonl": (
-        "--train_file data/train.jsonl --validation_fraction 0.5",
-        {"train.jsonl": ['{"text": "très bien", "label": 1}'.encode("latin-1")]},
-        ["utf-8"],
-    ),
-    "no header line": (
-        FILES.replace("train.csv", "none.csv"),
-        {"none.csv": GOOD, "test.csv": GOOD},
-        [
-            "data/none.csv (ValueError: no column 'text', only ['a fine film', '1'])",
-            "--text_column",
-            "with a header line",
-        ],
-    ),
-    "semicolons": (
-        FILES.replace("train.csv", "none.csv"),
-        {"none.csv": ["text;label", "a;1", "b;0"], "test.csv": GOOD},
-        ["data/none.csv (ValueError: no column 'text', only ['text;label'])", "csv with commas"],
-    ),
-    "no such text column": ("--text_column review", {}, ["no column 'review', only ['text', 'label']"]),
-    "no such label column": ("--label_column stars", {}, ["no column 'stars', only ['text', 'label']"]),
-    "no such second column": ("--text_pair_column b", {}, ["no column 'b', only ['text', 'label']"]),
-    "no text column in test": (
-        FILES.replace("test.csv", "none.csv"),
-        {"train.csv": GOOD, "none.csv": GOOD},
-        ["data/none.csv (ValueError: no column 'text', only ['a fine film', '1'])"],
-    ),
-    "texts are numbers": (
-        "--train_file data/train.csv --test_file data/test.jsonl",
-        {"train.csv": GOOD, "test.jsonl": ['{"text": "a", "label": 1}', '{"text": 2, "label": 0}']},
-        ["data/test.jsonl (ValueError: row 1 holds 2, not text)"],
-    ),
-    "unknown label": (
-        FILES,
-        {"train.csv": GOOD, "test.csv": ["a,0", "b,7"]},
-        ["test has labels ['7'], train only ['0', '1']"],
-    ),
-    "unknown label after a row left out": (
-        FILES,
-        {"train.csv": ["a,good", "b,bad"], "test.csv": [",bad", "a,good", "b,ugly"]},
-        ["test has labels ['ugly'], train only ['bad', 'good']"],
-    ),
-    "fractions as labels": (
-        FILES,
-        {"train.csv": ["a,0.5", "b,1"], "test.csv": GOOD},
-        ["integers or strings", "not 0.5"],
-    ),
-    "labels are lists": (
-        "--train_file data/train.jsonl --validation_fraction 0.5",
-        {"train.jsonl": ['{"text": "a", "label": [0, 2]}']},
-        ["one a text, not [0, 2]", "--label_column"],
-    ),
-    "labels are floats": (
-        "--train_file data/train.jsonl --validation_fraction 0.5",
-        {"train.jsonl": ['{"text": "a", "label": 3.25}']},
-        ["one a text, not 3.25"],
-    ),
-    "class of one row": (
-        "--train_file data/train.csv --validation_fraction 0.2",
-        {"train.csv": [*GOOD * 5, "so so,it is rare"]},
-        ["class 'it is rare' has one row", "--validation_fraction"],
-    ),
-    "broken line": (
-        "--train_file data/train.jsonl --validation_fraction 0.2",
-        {"train.jsonl": ['{"text": "a", "label": 1}', "", '{"text": "b" "label": 0}']},
-        ["data/train.jsonl (ValueError: line 3, column 14: Expecting ',' delimiter)"],
-    ),
-    "columns, not records": (
-        "--train_file data/train.json --validation_fraction 0.2",
-        {"train.json": [pd.DataFrame({"text": ["a", "b"] * 5000, "label": [0, 1] * 5000}).to_json()]},
-        ["records"],
-    ),
-    "stray quote": (
-        FILES,
-        {"train.csv": GOOD, "test.csv": ['"so" so,0', *GOOD]},
-        ["cannot load data/test.csv (Error: ", "--quoting none"],
-    ),
-    "quote never closed": (
-        FILES,
-        {"train.csv": GOOD, "test.csv": [*GOOD, '"so so,0', *GOOD]},
-        ["cannot load data/test.csv (Error: test.csv, near line 5: unexpected end of data", "--quoting none"],
-    ),
-    "two columns of one name": (
-        "--train_file data/none.csv --validation_fraction 0.5",
-        {"none.csv": ["text,label,text", "a,1,b", "b,0,c"]},
-        ["two columns 'text'"],
-    ),
-    "key that no record has": (
-        "--train_file data/train.jsonl --validation_fraction 0.5",
-        {"train.jsonl": ['{"text": "a", "stars": 1}', '{"text": "b", "stars": 2}']},
-        ["no column 'label', only ['text', 'stars']"],
-    ),
-    "several files for one split": (
-        "",
-        {"train.csv": GOOD, "test.csv": GOOD, "test_masked.csv": ["a,0"]},
-        ["several files for test", "'test.csv', 'test_masked.csv'", "--test_file"],
-    ),
-    "one label only": (FILES, {"train.csv": ["a,0", "b,0"], "test.csv": GOOD}, ["one label only"]),
-    "no AUC to choose by": (
-        "--metric_for_best_model auc",
-        {"train.csv": GOOD, "test.csv": GOOD[::2]},
-        ["--metric_for_best_model auc is undefined"],
-    ),
-    "too little to be stratified": (
-        "--validation_fraction 0.1",
-        {"train.csv": GOOD, "test.csv": GOOD},
-        ["The test_size = 1 should be greater or equal to the number of classes"],
-    ),
-    "no room for words": (
-        "--train_file data/none.csv --test_file data/none.csv --max_length 4 --text_pair_column b",
-        {"none.csv": ["text,b,label", "so,fine,1", "so,dull,0"]},
-        ["--max_length leaves no room beside the special tokens"],
-    ),
+# ---- what is refused
+REFUSED = {  # lines of a csv file, the first of them its header
+    "row that is too short": ["text,label", *GOOD, "a"],
+    "row that is too long": ["text,label", *GOOD, "a,1,b"],
+    "comma that is not quoted": ["text,label", "dull, and so,0", "fine, and so,1"],
+    "two columns of one name": ["text,label,text", "a,1,b", "b,0,c"],
+    "no column text": ["a,b", *GOOD],
+    "no column label": ["text,b", *GOOD],
+    "no rows": ["text,label"],
+    "no bytes": [],
+    "one class": ["text,label", "a,1", "b,1"],
 }
 
 
-WHOLE = ["ragged split", "latin-1 csv", "no AUC to choose by", "no room for words"]  # through the script
+@pytest.mark.parametrize("what", REFUSED)
+def test_file_that_cannot_be_trained_on_is_refused(tmp_path, what):
+    file = tmp_path / "rows.csv"
+    file.write_text("".join(line + "\n" for line in REFUSED[what]))
+    with pytest.raises(UserError):
+        load(file)
 
 
-@pytest.mark.parametrize("what", DATA)
-def test_mistaken_data_ends_in_one_line(start, load, tmp_path, monkeypatch, what):
-    flags, files, words = DATA[what]
-    (tmp_path / "data").mkdir()
-    for name, lines in files.items():
-        header = ["text,label"] if name.endswith(".csv") and name != "none.csv" else []
-        lines = [line if isinstance(line, bytes) else line.encode() for line in (*header, *lines)]
-        (tmp_path / "data" / name).write_bytes(b"\n".join(lines) + (b"\n" if lines else b""))
-    flags = (*(["--dataset_name", "data"] if files else []), *flags.split())
-    if what in WHOLE:
-        run = start(*flags).wait()
-        run.assert_one_line(2, *words)
-        assert "new weights" not in run.out and not list(tmp_path.rglob("arguments.json"))
-    else:
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(UserError) as error:
-            load(*flags)
-        assert all(word in str(error.value) for word in words), error.value
-        assert len(str(error.value)) < 1000
+def test_label_that_is_no_class_is_refused(tmp_path):
+    for label in ([0, 2], {"a": 1}, 0.5):
+        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": "a", "label": x}) for x in (0, 1, label)))
+        with pytest.raises(UserError, match=r"rows\.jsonl"):
+            load(tmp_path / "rows.jsonl")
 
 
-def test_message_shows_as_many_columns_and_classes_as_fit_a_line(load, tmp_path):
-    many = [f"column{i}" for i in range(100)]
-    wide = write_csv(tmp_path / "wide.csv", [",".join(many)], ",".join(many))
-    with pytest.raises(UserError, match=r"only \['column0', 'column1', .* --text_column") as error:
-        load("--train_file", wide, "--test_file", wide)
-    assert len(str(error.value)) < 600  # of which more than 100 are the path
-    classes = write_csv(tmp_path / "classes.csv", [f"text,class{i}" for i in range(100)])
-    with pytest.raises(UserError, match=r"test has labels \['0', '1'\], train only \['class0', 'class1', ") as error:
-        load("--train_file", classes, "--test_file", write_csv(tmp_path / "test.csv", ["a,class1"] * 4 + GOOD))
-    assert len(str(error.value)) < 600
+def test_label_that_train_does_not_have_is_refused(tmp_path):
+    train, test = write(tmp_path / "train.csv", GOOD), write(tmp_path / "test.csv", [",0", "a,0", "b,ugly"])
+    with pytest.raises(UserError, match="ugly"):
+        load_splits(OwnArguments(train_file=str(train), test_file=str(test)))
 
 
-def test_bug_in_the_reading_of_data_is_not_taken_for_a_mistake_of_the_user(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_rdrop, "label_name", lambda value, feature: {}[value])
-    file = write_csv(tmp_path / "rows.csv", [*GOOD, "not read before,1"])
-    with pytest.raises(datasets.exceptions.DatasetGenerationError) as error:
-        load("--train_file", file, "--test_file", file)
-    assert isinstance(error.value.__cause__, KeyError)
+def test_several_files_of_one_split_are_refused(tmp_path):
+    for folder, other in (("one", "train_old.csv"), ("two", "old/train.csv")):
+        for name in ("train.csv", "test.csv", other):
+            write(tmp_path / folder / name, GOOD)
+        with pytest.raises(UserError, match=os.path.basename(other)):
+            load_folder(tmp_path / folder)
 
 
-def test_quote_that_ends_amid_a_field_is_named_with_its_line(load, tmp_path):
-    file = write_csv(tmp_path / "rows.csv", [*GOOD, '"so" fine,1'])
-    with pytest.raises(UserError, match=r"\(Error: rows.csv, near line 5: '.' expected after .*--quoting none"):
-        load("--train_file", file, "--test_file", file)
+# ---- splits
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_shards_are_one_split(tmp_path, kind):
+    for shard in range(3):
+        table = pd.DataFrame({"text": [f"{shard} a", f"{shard} b"], "label": ["01", "2"]})
+        KINDS[kind](table, tmp_path / f"train-0000{shard}-of-00003.{kind}")
+    KINDS[kind](table, tmp_path / f"test.{kind}")
+    rows = load_folder(tmp_path)["train"]
+    assert rows["text"][:] == ["0 a", "0 b", "1 a", "1 b", "2 a", "2 b"] and labels_of(rows) == ["01", "2"] * 3
+    assert rows["row"][:] == list(range(6))
+
+
+SIZES = {"train": 40, "validation": 12, "test": 20, "validation_matched": 14, "unsupervised": 8}
+ALL = ["train", "validation", "test"]
+RULE = [  # splits there are, arguments, splits used: the number of their rows
+    (["train", "test"], {}, {"train": 40, "test": 20}),
+    (ALL, {}, {"train": 40, "validation": 12, "test": 20}),
+    (ALL, {"validation_split": "none"}, {"train": 40, "test": 20}),
+    (ALL, {"test_split": "none"}, {"train": 40, "validation": 12}),
+    (ALL, {"validation_split": "none", "validation_fraction": 0.25}, {"train": 30, "validation": 10, "test": 20}),
+    (["train"], {"validation_fraction": 0.1}, {"train": 36, "validation": 4}),
+    (["train", "validation_matched"], {"validation_split": "validation_matched"}, {"train": 40, "validation": 14}),
+]
+NO_RULE = [
+    (["train"], {}),
+    (ALL, {"validation_fraction": 0.1}),
+    (["train", "test"], {"validation_split": "dev"}),
+    (["validation", "test"], {}),
+]
+
+
+def write_splits(folder, names):
+    for split in [*names, "unsupervised"]:  # as in IMDB
+        rows = range(SIZES[split])
+        labels = [-1 if split == "unsupervised" else row % 2 for row in rows]
+        file = folder / "data" / f"{split}-00000-of-00001.parquet"
+        write_parquet(file, [f"{split} {row}" for row in rows], labels, ["neg", "pos"])
+
+
+@pytest.mark.parametrize("there, arguments, used", RULE)
+def test_which_splits_are_used(tmp_path, there, arguments, used):
+    write_splits(tmp_path, there)
+    splits = load_folder(tmp_path, **arguments)
+    assert sizes(splits) == used
+    assert all(text.startswith("train ") for text in splits["train"]["text"])
+    assert all(text.startswith("test ") for text in splits.get("test", {"text": []})["text"])
+
+
+def test_which_splits_are_refused(tmp_path):
+    for i, (there, arguments) in enumerate(NO_RULE):
+        write_splits(tmp_path / str(i), there)
+        with pytest.raises(UserError):
+            load_folder(tmp_path / str(i), **arguments)
+
+
+def test_validation_and_test_file_beside_a_folder(tmp_path):
+    for split, count in (("train", 3), ("test", 2)):
+        write(tmp_path / "data" / f"{split}.csv", GOOD * count)
+    file = write(tmp_path / "dev.csv", GOOD)
+    splits = load_folder(tmp_path / "data", validation_file=str(file))
+    assert sizes(splits) == {"train": 12, "validation": 4, "test": 8}
+    assert sizes(load_folder(tmp_path / "data", test_file=str(file))) == {"train": 12, "test": 4}
+
+
+def test_configuration_of_a_data_set(tmp_path):
+    for name in ("en", "de"):
+        for split in ("train", "test"):
+            write(tmp_path / name / f"{split}.csv", [f"{name} {row},{row % 2}" for row in range(4)])
+    configs = [line for name in ("en", "de") for line in (f"- config_name: {name}", f"  data_dir: {name}")]
+    write(tmp_path / "README.md", ["configs:", *configs, "---"], header="---")
+    assert load_folder(tmp_path, dataset_config_name="de")["train"]["text"][0] == "de 0"
+    with pytest.raises(UserError):
+        load_folder(tmp_path)
+
+
+def test_held_out_part_is_stratified_and_drawn_with_the_seed(tmp_path):
+    file = write(tmp_path / "rows.csv", [f"text {row},{row // 80}" for row in range(100)])  # 80 of 0, 20 of 1
+    args = OwnArguments(train_file=str(file), validation_fraction=0.1)
+    held = load_splits(args, seed=1)
+    assert sizes(held) == {"train": 90, "validation": 10} and sum(held["validation"]["labels"]) == 2
+    assert sorted(held["train"]["row"][:] + held["validation"]["row"][:]) == list(range(100))
+    again, other = load_splits(args, seed=1), load_splits(args, seed=2)
+    assert held["validation"]["row"][:] == again["validation"]["row"][:] != other["validation"]["row"][:]
+
+
+def test_samples_are_drawn_with_the_seed_from_all_rows(tmp_path):
+    file = write(tmp_path / "rows.csv", [f"text {row},{row // 80}" for row in range(100)])
+    arguments = {"train_file": str(file), "test_file": str(file)}
+    args = OwnArguments(**arguments, max_train_samples=60, max_eval_samples=50)
+    part, again, other = (load_splits(args, seed=seed) for seed in (1, 1, 2))
+    assert sizes(part) == {"train": 60, "test": 50} and 0 < sum(part["train"]["labels"]) < 20
+    assert part["train"]["row"][:] == again["train"]["row"][:] != other["train"]["row"][:]
+
+
+# ---- cache
+def test_cache_of_the_library_does_not_matter(tmp_path):
+    """The library guesses types, and keeps what it guessed: 01 is 1 there, and NA is missing."""
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.csv", ["007,01", "12.50,NA", "None,01", "1e5,NA"])
+    train, test = (str(tmp_path / "data" / f"{split}.csv") for split in ("train", "test"))
+    guessed = datasets.load_dataset("csv", data_files=train, split="train")
+    datasets.load_dataset(str(tmp_path / "data"))
+    assert guessed["label"][:] != ["01", "NA", "01", "NA"], "else this test would show nothing"
+    for arguments in ({"train_file": train, "test_file": test}, {"dataset_name": str(tmp_path / "data")}):
+        for rows in load_splits(OwnArguments(**arguments)).values():
+            assert rows["text"][:] == ["007", "12.50", "None", "1e5"] and labels_of(rows) == ["01", "NA"] * 2
+
+
+def test_changed_file_is_read_again(tmp_path):
+    for kind in ("csv", "parquet"):
+        for day, texts in ((1, ["a", "b"]), (2, ["c", "d"])):
+            KINDS[kind](pd.DataFrame({"text": texts, "label": [0, 1]}), tmp_path / f"rows.{kind}")
+            os.utime(tmp_path / f"rows.{kind}", (datetime(2024, 1, day).timestamp(),) * 2)
+            assert load(tmp_path / f"rows.{kind}")["text"][:] == texts
+
+
+def test_brackets_in_the_name_of_a_file_are_no_pattern(tmp_path):
+    write(tmp_path / "rows1.csv", ["x,0", "y,1"])  # what the other name would mean as a pattern
+    assert load(write(tmp_path / "rows[1].csv", ["a,0", "b,1"]))["text"][:] == ["a", "b"]
+
+
+# ---- random files
+WORDS = ["film", "très", "很好", '"', 'so "fine"', ",", "\t", "\n", "\r\n", "007", "12.50", "null", "'", "\\", "\u2028"]
+WORDS += ["\ufeff", "NaN", "=1+1", "[", "{", "#", " ", ";", "\x1b[31m", "é", "😀"]
+CLASSES = [["0", "1"], ["01", "1", "2"], ["good", "bad"], ["True", "False"], ["None", "NA"], ["10", "9", "x"]]
+CLASSES += [["1e3", "1000"], ['"', "a\nb", "c,d"], ["-1", "1"]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_file_is_read_as_python_reads_it(tmp_path, seed):
+    rng = random.Random(seed)
+    kind = ("csv", "tsv", "json", "jsonl")[seed % 4]
+    file = tmp_path / f"rows.{kind}"
+    names = ["text", "label", *rng.sample(["Text", "text ", "té\nxt", "a,b", "0"], 2)]
+    rng.shuffle(names)
+    labels = rng.choice(CLASSES)
+    rows = []
+    for _ in range(40):
+        row = {name: "".join(rng.choices(WORDS, k=rng.randint(0, 6))) for name in names}
+        rows.append(row | {"label": rng.choice([*labels * 3, ""])})
+    with file.open("w", encoding=rng.choice(["utf-8", "utf-8-sig"]), newline="") as stream:
+        if kind in ("json", "jsonl"):
+            lines = [json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows]
+            stream.write(f"[{', '.join(lines)}]" if kind == "json" else "\n".join(lines))
+        else:
+            quoting = rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+            end = rng.choice(["\n", "\r\n"])
+            options = {"delimiter": "," if kind == "csv" else "\t", "quoting": quoting, "lineterminator": end}
+            writer = csv.DictWriter(stream, names, **options)
+            writer.writeheader()
+            writer.writerows(rows)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        if kind in ("json", "jsonl"):
+            found = json.load(stream) if kind == "json" else [json.loads(line) for line in stream.read().split("\n")]
+        else:
+            found = list(csv.DictReader(stream, delimiter=options["delimiter"]))
+    wanted = [(i, row["text"], row["label"]) for i, row in enumerate(found) if row["text"].strip() and row["label"]]
+    read = load(file)
+    assert list(zip(read["row"], read["text"], labels_of(read), strict=True)) == wanted
+    assert found == rows

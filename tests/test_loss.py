@@ -1,81 +1,115 @@
-"""RDropLoss against the formula, written out anew in float64."""
+"""The loss beside the article's and the paper's formula, and the metrics beside scikit-learn, on made-up logits."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, classification_report, f1_score, roc_auc_score
 
-from train_rdrop import RDropLoss
+from train_rdrop import RDropLoss, compute_metrics
 
-LABELS = torch.tensor([0, 2, 1, 1, 0, 2, 2])
-
-
-def logits(seed, classes=3):
-    return 3 * torch.randn(len(LABELS), classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+LABELS = [0, 2, 1, 1, 0, 2, 2]
 
 
-def by_hand(z1, z2, labels, alpha, smoothing):
-    """CE, KL and loss, sample by sample and class by class, from the definition of each."""
-    n, classes = z1.shape
-    ce = kl = 0.0
-    for a, b, y in zip(z1.tolist(), z2.tolist(), labels.tolist(), strict=True):
-        p = np.exp(a) / np.exp(a).sum()
-        q = np.exp(b) / np.exp(b).sum()
-        target = [(1 - smoothing) * (c == y) + smoothing / classes for c in range(classes)]
-        ce += sum(-t * np.log(pc) - t * np.log(qc) for t, pc, qc in zip(target, p, q, strict=True)) / 2
-        kl += sum(qc * np.log(qc / pc) + pc * np.log(pc / qc) for pc, qc in zip(p, q, strict=True)) / 2
-    return ce / n, kl / n, ce / n + alpha * kl / n
+def logits(seed, classes=3, rows=7):
+    return 3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed))
 
 
-def values(loss, z1, z2):
-    """CE, KL and loss, as `loss` gives them."""
-    return [part.item() for part in (*loss.terms(z1, z2, LABELS), loss(z1, z2, LABELS))]
+def softmax(row):
+    total = sum(math.exp(z) for z in row)
+    return [math.exp(z) / total for z in row]
 
 
-@pytest.mark.parametrize("alpha, smoothing", [(1.0, 0.0), (5.0, 0.1), (0.0, 0.3), (0.5, 0.9)])
-@pytest.mark.parametrize("classes", [2, 3])
-def test_loss_is_the_formula(alpha, smoothing, classes):
-    z1, z2, labels = logits(1, classes), logits(2, classes), LABELS % classes
+def cross_entropy(rows, labels, smoothing):
+    """Mean over the batch; `smoothing` is the share of the label that is spread over all classes."""
+    total = 0.0
+    for row, label in zip(rows, labels, strict=True):
+        p = softmax(row)
+        for c in range(len(row)):
+            target = (1 - smoothing) * (c == label) + smoothing / len(row)
+            total -= target * math.log(p[c])
+    return total / len(rows)
+
+
+def kl(rows1, rows2):
+    """KL(p1 || p2): summed over the classes, averaged over the batch."""
+    total = 0.0
+    for row1, row2 in zip(rows1, rows2, strict=True):
+        total += sum(a * math.log(a / b) for a, b in zip(softmax(row1), softmax(row2), strict=True))
+    return total / len(rows1)
+
+
+@pytest.mark.parametrize("alpha, smoothing, classes", [(1.0, 0.0, 2), (5.0, 0.1, 2), (0.0, 0.3, 3), (0.5, 0.9, 3)])
+def test_loss_is_that_of_the_article(alpha, smoothing, classes):
+    z1, z2, labels = logits(1, classes), logits(2, classes), [label % classes for label in LABELS]
+    a, b = z1.tolist(), z2.tolist()
+    ce = 1 / 2 * (cross_entropy(a, labels, smoothing) + cross_entropy(b, labels, smoothing))
+    divergence = 1 / 2 * (kl(b, a) + kl(a, b))
     loss = RDropLoss(alpha, smoothing)
-    ce, kl, total = by_hand(z1, z2, labels, alpha, smoothing)
-    assert [part.item() for part in loss.terms(z1, z2, labels)] == pytest.approx([ce, kl], rel=1e-5)
-    assert loss(z1, z2, labels).item() == pytest.approx(total, rel=1e-5)
-    assert loss.terms(z1, z1, labels)[0].item() == pytest.approx(by_hand(z1, z1, labels, 0, smoothing)[0], rel=1e-5)
+    assert loss(z1, z2, torch.tensor(labels)).item() == pytest.approx(ce + alpha * divergence, rel=1e-5)
+    assert [term.item() for term in loss.terms(z1, z2, torch.tensor(labels))] == pytest.approx(
+        [ce, divergence], rel=1e-5
+    )
 
 
-def test_loss_is_a_scalar_that_can_be_minimized():
-    z1, z2 = (logits(seed).requires_grad_() for seed in (1, 2))
-    loss = RDropLoss(5.0, 0.1)
-    loss(z1, z2, LABELS).backward()  # as of every torch loss
-    assert z1.grad.abs().max() > 0.01 and z2.grad.abs().max() > 0.01
-    # float32 inside: a step of 1e-2 keeps its rounding well below the tolerance
-    assert torch.autograd.gradcheck(lambda a, b: loss(a, b, LABELS), (z1, z2), eps=1e-2, atol=1e-3, rtol=1e-3)
-
-
-def test_symmetric_and_zero_where_passes_agree():
+@pytest.mark.parametrize("alpha", [0.5, 5.0])
+def test_loss_of_the_paper_with_weight_two_alpha_is_twice_ours(alpha):
     z1, z2 = logits(1), logits(2)
-    loss = RDropLoss(5.0, 0.1)
-    assert values(loss, z1, z2) == pytest.approx(values(loss, z2, z1), rel=1e-6) and values(loss, z1, z2)[1] > 0.1
-    ce = torch.nn.functional.cross_entropy(z1.float(), LABELS, label_smoothing=0.1).item()
-    assert values(loss, z1, z1) == [ce, 0, ce]
+    a, b, weight = z1.tolist(), z2.tolist(), 2 * alpha
+    paper = cross_entropy(a, LABELS, 0) + cross_entropy(b, LABELS, 0) + weight / 2 * (kl(a, b) + kl(b, a))
+    assert 2 * RDropLoss(alpha)(z1, z2, torch.tensor(LABELS)).item() == pytest.approx(paper, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_float32_whatever_the_logits(dtype):
-    z1, z2 = logits(1).to(dtype), logits(2).to(dtype)
-    loss = RDropLoss(5.0, 0.1)
-    parts = (*loss.terms(z1, z2, LABELS), loss(z1, z2, LABELS))
-    assert all(part.dtype == torch.float32 and part.shape == () for part in parts)
-    assert values(loss, z1, z2) == values(loss, z1.float(), z2.float())
+def test_gradients_reach_both_passes():
+    z1, z2 = (logits(seed).double().requires_grad_() for seed in (1, 2))
+    loss, labels = RDropLoss(5.0, 0.1), torch.tensor(LABELS)
+    # the loss computes in float32: large steps keep its rounding well below the tolerance
+    assert torch.autograd.gradcheck(lambda a, b: loss(a, b, labels), (z1, z2), eps=1e-2, atol=1e-3, rtol=1e-3)
 
 
-def test_far_apart_passes_stay_finite():
-    z1, z2 = torch.tensor([[6e4, -6e4]], dtype=torch.float16), torch.tensor([[-6e4, 6e4]], dtype=torch.float16)
-    assert RDropLoss(5.0)(z1, z2, torch.tensor([0])).item() == pytest.approx(0.5 * 119936 + 5.0 * 119936, rel=1e-3)
+def test_equal_passes_have_no_kl():
+    ce, divergence = RDropLoss(5.0, 0.1).terms(logits(1), logits(1), torch.tensor(LABELS))
+    assert divergence == 0 and ce.item() == pytest.approx(cross_entropy(logits(1).tolist(), LABELS, 0.1), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name, value", [("alpha", -1), ("alpha", float("nan")), ("label_smoothing", 1.0), ("label_smoothing", -0.1)]
-)
-def test_values_out_of_range(name, value):
-    with pytest.raises(ValueError, match=name):
-        RDropLoss(**{name: value})
+def test_loss_is_float32_and_finite_for_logits_of_any_type():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        z1, z2 = (torch.tensor([[far, -far]], dtype=dtype) for far in (6e4, -6e4))
+        loss = RDropLoss(5.0)(z1, z2, torch.tensor([0]))
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(0.5 * 1.2e5 + 5 * 1.2e5, rel=1e-2)
+
+
+def test_values_out_of_range_are_refused():
+    for alpha, smoothing in ((-1, 0), (math.nan, 0), (math.inf, 0), (1, 1.0), (1, -0.1)):
+        with pytest.raises(ValueError):
+            RDropLoss(alpha, smoothing)
+
+
+@pytest.mark.parametrize("positive", [0, 1])
+def test_metrics_of_two_classes(positive):
+    z, labels = logits(3, 2, 50).numpy(), np.arange(50) % 3 % 2
+    predicted, p = z.argmax(1), torch.from_numpy(z).double().softmax(1).numpy()
+    metrics = compute_metrics((z, labels), positive)
+    assert metrics == {
+        "accuracy": accuracy_score(labels, predicted),
+        "f1": pytest.approx(f1_score(labels, predicted, pos_label=positive)),
+        "auc": pytest.approx(roc_auc_score(labels == positive, p[:, positive])),
+    }
+
+
+def test_metrics_of_more_classes():
+    z, labels = logits(4, 4, 60).numpy(), np.arange(60) % 4
+    p = torch.from_numpy(z).double().softmax(1).numpy()
+    metrics = compute_metrics((z, labels))
+    assert metrics["f1"] == pytest.approx(f1_score(labels, z.argmax(1), average="macro"))
+    assert metrics["auc"] == pytest.approx(np.mean([roc_auc_score(labels == c, p[:, c]) for c in range(4)]))
+
+
+def test_absent_class_leaves_auc_out_and_does_not_count_in_macro_f1():
+    z, labels = logits(5, 4, 60).numpy(), np.arange(60) % 3
+    assert 3 in z.argmax(1), "it is predicted, but has no label"
+    metrics = compute_metrics((z, labels))
+    report = classification_report(labels, z.argmax(1), labels=[0, 1, 2], output_dict=True)
+    assert metrics.keys() == {"accuracy", "f1"} and metrics["f1"] == pytest.approx(report["macro avg"]["f1-score"])
+    assert compute_metrics((z[:, :2], np.ones(60, int))).keys() == {"accuracy", "f1"}

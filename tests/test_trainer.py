@@ -1,190 +1,226 @@
-"""RDropTrainer and compute_metrics from the inside: passes counted, losses compared, logs recomputed."""
+"""RDropTrainer from the inside: passes, gradients and logs, which accumulation and length buckets must not change."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import tiny_imdb
 import torch
+import transformers
+from conftest import FEW, read_json, train, weights
 from datasets import Dataset
-from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainerCallback
+from transformers import DataCollatorWithPadding, TrainerCallback
 
-from train_rdrop import RDropArguments, RDropLoss, RDropTrainer, compute_metrics
+from train_rdrop import OwnArguments, RDropArguments, RDropLoss, RDropTrainer, load_model, split_by_length
+
+LENGTHS = [5, 40, 17, 9, 33, 12, 5, 28, 50, 7, 21, 14, 62, 11, 26, 8]
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SHAPE |= {"vocab_size": 300, "max_position_embeddings": 66, "pad_token_id": 1, "num_labels": 3}
+
+
+class RecordGradients(TrainerCallback):
+    """Keep the gradients of each step as the optimizer gets them."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.steps.append(gradients(model))
+
+
+def gradients(model):
+    return torch.cat([parameter.grad.flatten().clone() for parameter in model.parameters()])
 
 
 @pytest.fixture
-def build(tiny, tmp_path):
-    """`build(dropout, rows, alpha=..., **arguments)` makes a trainer of the tiny model; `.calls` counts its passes."""
+def build(tmp_path):
+    """`build(...)` makes a trainer on `rows` texts of LENGTHS; `passes`: (training, shape of input, logits)."""
 
-    def build(dropout=0.1, rows=32, length=None, alpha=5.0, **arguments):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            tiny / "model", hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
-        )
+    def build(kind="Roberta", buckets=1, rows=16, dropout=0.0, alpha=5.0, padding_side="right", **arguments):
         rng = np.random.default_rng(0)
-        lengths = [length or int(n) for n in rng.integers(4, 60, rows)]
-        data = Dataset.from_dict(
-            {
-                "input_ids": [[0, *rng.integers(5, 300, n - 2).tolist(), 2] for n in lengths],
-                "attention_mask": [[1] * n for n in lengths],
-                "length": lengths,
-                "labels": (np.arange(rows) % 2).tolist(),
-            }
-        )
-        defaults = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+        lengths = (LENGTHS * 4)[:rows]
+        columns = {"input_ids": [[0, *rng.integers(5, 300, n - 2).tolist(), 2] for n in lengths]}
+        columns |= {"attention_mask": [[1] * n for n in lengths], "labels": [row % 3 for row in range(rows)]}
+        if kind == "Bert":  # its token types tell both texts of a pair apart
+            columns["token_type_ids"] = [[0] * (n // 3) + [1] * (n - n // 3) for n in lengths]
+        torch.manual_seed(0)
+        dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        config = getattr(transformers, f"{kind}Config")(**SHAPE, **dropouts)
+        model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+        tokenizer = tiny_imdb.make_tokenizer()
+        tokenizer.padding_side = padding_side
+        defaults = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "save_strategy": "no"}
         defaults |= {"eval_strategy": "no", "load_best_model_at_end": False, "disable_tqdm": True}
-        defaults |= {"learning_rate": 1e-3, "label_smoothing_factor": 0.1, "per_device_train_batch_size": 16}
-        defaults |= {"per_device_eval_batch_size": 16}
         trainer = RDropTrainer(
             model=model,
             args=RDropArguments(**defaults | arguments),
-            train_dataset=data,
-            eval_dataset=data,
-            data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(tiny / "model")),
-            compute_metrics=compute_metrics,
+            train_dataset=Dataset.from_dict(columns),
+            eval_dataset=Dataset.from_dict(columns),
+            data_collator=DataCollatorWithPadding(tokenizer),
             alpha=alpha,
+            length_buckets=buckets,
         )
-        trainer.calls = []
-        model.register_forward_hook(lambda module, _, output: trainer.calls.append((module.training, output.logits)))
+        trainer.passes, trainer.gradients = [], RecordGradients()
+        trainer.add_callback(trainer.gradients)
+
+        def record(module, args, kwargs, output):
+            trainer.passes.append((module.training, tuple(kwargs["input_ids"].shape), output.logits))
+
+        model.register_forward_hook(record, with_kwargs=True)
         return trainer
 
     return build
 
 
+def logs(trainer):
+    """What it logged beside each training loss."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def loss_and_gradients(trainer):
+    (batch,) = trainer.get_train_dataloader()
+    loss = trainer.compute_loss(trainer.model.double().train(), batch)
+    loss.backward()
+    return loss.item(), gradients(trainer.model)
+
+
+# ---- passes
 @pytest.mark.parametrize("alpha, passes", [(5.0, 2), (0.0, 1)])
 def test_passes_of_training_and_evaluation(build, alpha, passes):
-    trainer = build(alpha=alpha, max_steps=3, logging_steps=1)
+    trainer = build(alpha=alpha, dropout=0.1, rows=32, max_steps=3, logging_steps=1)
     trainer.train()
-    assert [training for training, _ in trainer.calls] == [True] * 3 * passes
-    if passes == 2:
-        pairs = zip(trainer.calls[::2], trainer.calls[1::2], strict=True)
-        assert all(not torch.equal(a, b) for (_, a), (_, b) in pairs)
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert all(("kl" in entry) == (alpha > 0) and "ce" in entry for entry in logs) and len(logs) == 3
-    trainer.calls.clear()
-    trainer.evaluate()
-    assert [training for training, _ in trainer.calls] == [False] * 2  # 32 samples, 16 a batch
-
-
-def test_operations_of_both_passes_are_counted(build):
-    flos = {}
-    for alpha in (0.0, 5.0):
-        trainer = build(alpha=alpha, length=20, max_steps=2)
-        trainer.train()
-        flos[alpha] = trainer.state.total_flos
-    assert flos[5.0] == 2 * flos[0.0] > 0
-
-
-def test_evaluation_loss_is_that_of_two_passes(build):
-    trainer = build(rows=21)
+    assert [training for training, _, _ in trainer.passes] == [True] * 3 * passes
+    if passes == 2:  # with other dropout masks
+        assert all(not a[2].equal(b[2]) for a, b in zip(trainer.passes[::2], trainer.passes[1::2], strict=True))
+    assert (
+        all((entry["kl"] > 0) == (alpha > 0) and entry["ce"] > 0 for entry in logs(trainer)) and len(logs(trainer)) == 3
+    )
+    trainer.passes.clear()
     loss = trainer.evaluate()["eval_loss"]
-    logits = torch.cat([logits for _, logits in trainer.calls])
-    labels = torch.tensor(trainer.eval_dataset["labels"][:])
-    assert loss == pytest.approx(RDropLoss(5.0, 0.1)(logits, logits, labels).item(), rel=1e-6)
+    assert [training for training, _, _ in trainer.passes] == [False] * 2  # batches of 16
+    z, labels = torch.cat([logits for _, _, logits in trainer.passes]), torch.tensor(trainer.eval_dataset["labels"][:])
+    assert loss == pytest.approx(RDropLoss(alpha, 0.1)(z, z, labels).item(), rel=1e-5)
 
 
-def test_plain_baseline_is_cross_entropy(build):
-    trainer = build(alpha=0.0, max_steps=1, logging_steps=1)
-    batch = next(iter(trainer.get_train_dataloader()))
-    loss, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
-    wanted = torch.nn.functional.cross_entropy(outputs["logits"], batch["labels"], label_smoothing=0.1)
-    assert loss.item() == wanted.item()
+def test_loss_and_logits_are_those_of_two_plain_passes(build):
+    trainer = build(dropout=0.1)
+    (batch,) = trainer.get_train_dataloader()
+    trainer.model.train()
+    torch.manual_seed(7)
+    loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+    torch.manual_seed(7)
+    labels = batch.pop("labels")
+    first, second = trainer.model(**batch).logits, trainer.model(**batch).logits
+    assert outputs["logits"].equal(first) and loss.equal(RDropLoss(5.0, 0.1)(first, second, labels))
 
 
-def test_gradient_accumulation_gives_the_loss_and_gradient_of_one_batch(build):
-    logs = []
+# ---- accumulation and logs
+@pytest.mark.parametrize("rows", [32, 40])  # of 40, the last step of the epoch has 8
+def test_accumulated_batches_give_the_gradients_of_one_batch(build, rows):
+    runs = []
     for size, steps in ((16, 1), (4, 4)):
-        trainer = build(
-            dropout=0.0, rows=32, length=20, max_steps=2, logging_steps=1, max_grad_norm=1e9,
-            per_device_train_batch_size=size, gradient_accumulation_steps=steps,
-        )  # fmt: skip
-        grads = []
-
-        class RecordGradients(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, model, grads=grads, **kwargs):
-                grads.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
-
-        trainer.add_callback(RecordGradients)
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = build(rows=rows, num_train_epochs=2, logging_steps=1, max_grad_norm=1e9, **batches)
         trainer.train()
-        logs.append((grads, [entry for entry in trainer.state.log_history if "loss" in entry]))
-    (grads1, logs1), (grads4, logs4) = logs
-    for one, four in zip(grads1, grads4, strict=True):
+        runs.append((trainer.gradients.steps, logs(trainer)))
+    (whole, whole_logs), (parts, parts_logs) = runs
+    assert len(whole) == len(parts) == 2 * -(-rows // 16)
+    for one, four in zip(whole, parts, strict=True):
         assert torch.allclose(one, four, rtol=1e-3, atol=1e-6) and one.abs().max() > 1e-3
-    for one, four in zip(logs1, logs4, strict=True):
-        assert all(one[key] == pytest.approx(four[key], rel=1e-4) for key in ("loss", "ce", "grad_norm"))
+    for one, four in zip(whole_logs, parts_logs, strict=True):
+        assert all(one[name] == pytest.approx(four[name], rel=1e-4) for name in ("loss", "ce", "grad_norm"))
 
 
-def test_log_holds_the_means_since_the_last_log(build):
+def test_logs_are_means_over_the_steps_since_the_last(build):
     batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
-    trainer = build(rows=40, num_train_epochs=2, logging_steps=2, **batches)
-    parts = []
+    trainer, terms = build(rows=40, dropout=0.1, num_train_epochs=2, logging_steps=2, **batches), []
 
-    def terms(*args, real=trainer.rdrop_loss.terms):
-        parts.append([part.item() for part in real(*args)])
+    def record(*args, real=trainer.rdrop_loss.terms):
+        terms.append([term.item() for term in real(*args)])
         return real(*args)
 
-    trainer.rdrop_loss.terms = terms
+    trainer.rdrop_loss.terms = record
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    # 10 batches an epoch: steps of 3, 3, 3 and 1 batches
-    bounds = [0, 3, 6, 9, 10, 13, 16, 19, 20]
-    steps = np.array([np.mean(parts[a:b], axis=0) for a, b in pairwise(bounds)])
-    for entry, (ce, kl) in zip(logs, (steps[0::2] + steps[1::2]) / 2, strict=True):
-        assert (entry["ce"], entry["kl"]) == (pytest.approx(ce, rel=1e-5), pytest.approx(kl, rel=1e-4))
+    bounds = [0, 3, 6, 9, 10, 13, 16, 19, 20]  # 10 batches an epoch: steps of 3, 3, 3 and 1 of them
+    steps = np.array([np.mean(terms[a:b], axis=0) for a, b in pairwise(bounds)])
+    for entry, (ce, kl) in zip(logs(trainer), (steps[0::2] + steps[1::2]) / 2, strict=True):
+        assert entry["ce"] == pytest.approx(ce, rel=1e-5) and entry["kl"] == pytest.approx(kl, rel=1e-4)
         assert entry["loss"] == pytest.approx(ce + 5.0 * kl, rel=1e-5)
 
 
-def test_a_step_reads_no_value_back_from_the_device(build, monkeypatch):
-    trainer = build()
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.model.train()
-    real = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-    def model(**inputs):  # the library's own model may read what it likes
-        return type("Output", (), {"logits": real})
-
-    model.training = True
-    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *_: pytest.fail("a value was read back"))
-    trainer.compute_loss(model, batch)
+def test_ce_and_kl_are_logged_beside_the_loss_only(finished):
+    history = read_json(finished, "trainer_state.json")["log_history"]
+    assert all(("kl" in entry) == ("ce" in entry) == ("loss" in entry) for entry in history)
+    assert ["kl" in entry for entry in history].count(True) == 4 and len(history) == 8
 
 
-def test_evaluation_keeps_the_order_of_its_data(build):
-    trainer = build(rows=21)
-    order = trainer.eval_dataset["length"][:]
-    batches = [batch["attention_mask"].sum(1).tolist() for batch in trainer.get_eval_dataloader()]
-    assert batches == [order[:16], order[16:]]
-
-
-def test_metrics_of_two_classes():
-    logits = np.array([[2, -1], [0.5, 1], [1, 0], [-3, 4], [0, 0.1]], dtype=np.float32)
-    labels = np.array([0, 0, 1, 1, 1])
-    metrics = compute_metrics((logits, labels))
-    assert metrics["accuracy"] == pytest.approx(3 / 5)
-    assert metrics["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    # of the 6 pairs (negative, positive), those in which the positive one is ranked higher
-    assert metrics["auc"] == pytest.approx(4 / 6)
-    turned = compute_metrics((logits, labels), positive=0)
-    assert turned["f1"] == pytest.approx(2 * 1 / (2 * 1 + 1 + 1)) and turned["auc"] == pytest.approx(4 / 6)
-    assert turned["accuracy"] == metrics["accuracy"]
-
-
-def test_metrics_of_more_classes():
-    logits = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
-    labels = np.arange(30) % 3
-    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    metrics = compute_metrics((logits, labels))
-    assert metrics["auc"] == pytest.approx(np.mean([roc_auc_score(labels == c, p[:, c]) for c in range(3)]))
-    predicted = logits.argmax(axis=1)
-    hits = [((predicted == c) & (labels == c)).sum() for c in range(3)]
-    f1 = [2 * hits[c] / ((predicted == c).sum() + (labels == c).sum()) for c in range(3)]
-    assert metrics["f1"] == pytest.approx(np.mean(f1))
-
-
-def test_auc_is_left_out_where_it_is_undefined():
-    metrics = compute_metrics((np.array([[2.0, -1], [0.5, 1]]), np.array([1, 1])))
-    assert metrics.keys() == {"accuracy", "f1"}
-
-
-def test_metrics_refuse_logits_that_are_not_finite():
+@pytest.mark.parametrize("logging_steps", [1, 50])
+def test_loss_that_is_not_finite_ends_the_training(build, logging_steps):
+    trainer = build(rows=32, max_steps=4, logging_steps=logging_steps, learning_rate=1e32, max_grad_norm=0.0)
     with pytest.raises(FloatingPointError):
-        compute_metrics((np.array([[np.nan, 1.0], [0, 1]]), np.array([0, 1])))
+        trainer.train()
+
+
+# ---- buckets
+@pytest.mark.parametrize("kind, rows, side", [("Roberta", 16, "right"), ("Roberta", 16, "left"), ("Bert", 3, "right")])
+def test_buckets_give_loss_and_gradients_of_the_whole_batch(build, monkeypatch, kind, rows, side):
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # the loss computes in float64, as the model
+    loss, wanted = loss_and_gradients(build(kind, rows=rows, padding_side=side))
+    for buckets in (2, 4, 16):
+        other_loss, other = loss_and_gradients(build(kind, buckets, rows, padding_side=side))
+        assert other_loss == pytest.approx(loss, abs=1e-10)
+        assert other.dtype == torch.float64 and (other - wanted).abs().max() < 1e-10 < 1e-3 < wanted.abs().max()
+
+
+WIDTHS = {  # rows and width of each part of a batch of LENGTHS
+    1: [(16, 62)],
+    2: [(8, 14), (8, 62)],
+    4: [(4, 8), (4, 14), (4, 28), (4, 62)],
+    5: [(4, 8), (4, 14), (4, 28), (4, 62)],  # parts of equal size, of which there may be fewer
+    16: [(1, length) for length in sorted(LENGTHS)],
+}
+
+
+def test_parts_are_cut_to_their_longest_text_in_training_only(build):
+    for buckets, shapes in WIDTHS.items():
+        trainer = build(buckets=buckets)
+        (batch,) = trainer.get_train_dataloader()
+        trainer.compute_loss(trainer.model.train(), batch)
+        assert [shape for _, shape, _ in trainer.passes] == 2 * shapes
+        trainer.passes.clear()
+        trainer.evaluate()
+        assert [shape for _, shape, _ in trainer.passes] == [(16, 62)]
+
+
+def test_parts_keep_every_token_and_can_be_put_back_in_order():
+    for mask in ([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]):
+        mask = torch.tensor(mask)
+        inputs = {"attention_mask": mask, "input_ids": mask * torch.arange(1, 5)}
+        for multiple_of in (1, 8):
+            groups, order = split_by_length(inputs, 2, multiple_of)
+            width = [group["input_ids"].shape[1] for group in groups]
+            padded = [
+                torch.nn.functional.pad(group["input_ids"], (0, 4 - w)) for group, w in zip(groups, width, strict=True)
+            ]
+            assert torch.cat(padded)[order].equal(inputs["input_ids"])
+
+
+# ---- model
+def test_half_precision_checkpoint_is_trained_in_float32_and_the_maximum_length_is_saved(tmp_path, argv, tiny):
+    transformers.AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "half")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny / "model")
+    model.half().save_pretrained(tmp_path / "half")
+    flags = ["--model_name_or_path", tmp_path / "half", "--max_length", "10", "--max_steps", "1"]
+    train(tmp_path, *argv, *FEW, *flags)
+    assert {weight.dtype for weight in weights(tmp_path / "half").values()} == {torch.float16}
+    assert {weight.dtype for weight in weights(tmp_path / "results").values()} == {torch.float32}
+    assert read_json(tmp_path, "results", "tokenizer_config.json")["model_max_length"] == 10
+
+
+def test_head_for_other_classes_is_replaced_and_dropout_can_be_set(tmp_path):
+    tiny_imdb.write_model(tmp_path / "model", num_labels=5, problem_type="multi_label_classification")
+    args = OwnArguments(model_name_or_path=str(tmp_path / "model"), config_overrides="hidden_dropout_prob=0.25")
+    model = load_model(args, ["bad", "good"])
+    assert model.config.id2label == {0: "bad", 1: "good"} and model.config.label2id == {"bad": 0, "good": 1}
+    assert model.classifier.out_proj.weight.shape == (2, 32) and model.config.hidden_dropout_prob == 0.25
+    assert model.config.problem_type == "single_label_classification"

@@ -26,7 +26,7 @@ OPINION = (
 
 
 def make_reviews(count, seed, names=("neg", "pos")):
-    """`count` made-up reviews as a `Dataset` of `text` and `label`, half of them negative, sorted by label."""
+    """Make `count` reviews, sorted by label, half of them negative: a `Dataset` with `text` and `label`."""
     rng = random.Random(seed)
     labels = [int(i >= count // 2) for i in range(count)]
     texts = []
@@ -39,16 +39,16 @@ def make_reviews(count, seed, names=("neg", "pos")):
 
 
 def write_data(folder, train=400, test=100, **options):
-    """Write `train.parquet` and `test.parquet` with so many made-up reviews into `folder`."""
+    """Write `train.parquet` and `test.parquet` into `folder`, with that many reviews each."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     make_reviews(train, seed=1, **options).to_parquet(Path(folder, "train.parquet"))
     make_reviews(test, seed=2, **options).to_parquet(Path(folder, "test.parquet"))
 
 
 def make_tokenizer(model_max_length=64):
-    """A byte-level BPE tokenizer of RoBERTa's kind, trained on the spot."""
+    """Train a small byte-level BPE tokenizer, like that of RoBERTa."""
     bpe = ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # RoBERTa's order: its padding is token 1
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # in the order of RoBERTa, where padding is token 1
     bpe.train_from_iterator(make_reviews(500, seed=0)["text"], 400, special_tokens=special, show_progress=False)
     learned = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
@@ -56,7 +56,7 @@ def make_tokenizer(model_max_length=64):
 
 
 def write_model(folder, **settings):
-    """Write tokenizer and model into `folder`; `settings` replace those of `RobertaConfig`."""
+    """Write the tokenizer and the model into `folder`; `settings` override those of the config."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -69,7 +69,7 @@ def write_model(folder, **settings):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="gets the sub-folders model and data")
+    parser.add_argument("folder", type=Path, help="where to write the folders model and data")
     folder = parser.parse_args().folder
     write_model(folder / "model")
     write_data(folder / "data")
