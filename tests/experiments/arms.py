@@ -1,21 +1,20 @@
 """Does R-Drop help? Train several arms over several seeds with train_rdrop.py, and compare them seed by seed.
 
-    python tests/experiments/arms.py --show          # the tables of all finished runs; starts nothing
+    python tests/experiments/arms.py --show          # print the tables of all finished runs; starts nothing
     python tests/experiments/arms.py --csv mine.csv --seeds 42 43 44 45 46 --jobs 2 \\
         --dataset_name FOLDER_OR_HUB_ID --validation_fraction 0.1
 
-Its own flags are below; every other flag goes to train_rdrop.py as it is, and belongs to the setting of a run. Each
-finished run becomes a line of the CSV file: the same command goes on where it was stopped and, once all runs are there,
-prints the tables without running anything. Runs of one seed share rows, their order and the initial weights, so
-differences between arms are taken seed by seed. Pytest does not collect this file.
+All flags except those listed below are passed on to train_rdrop.py and are part of the setting of a run. Each finished
+run becomes a line of the CSV file, so an interrupted command can simply be repeated: it runs what is missing and then
+prints the tables. Runs with the same seed share their rows, their order and the initial weights; differences between
+arms are therefore taken seed by seed.
 
-Arms: ce, smooth, rdrop, both (alpha 0 or 5, label smoothing 0 or 0.1), smooth_twice (smoothing, twice the epochs: the
-cost of both), two_pass (smoothing, alpha 1e-9: its KL shows how much the passes of the plain model disagree), alpha=A
-(smoothing and that alpha). No arm stops early; the best epoch is chosen as the flags say.
+Arms: ce, smooth, rdrop, both (alpha 0 or 5, label smoothing 0 or 0.1); smooth_twice (smoothing, twice the epochs: about
+the cost of both); two_pass (smoothing, alpha 1e-9: its KL shows how much the passes of the plain model disagree);
+alpha=A (smoothing and that alpha). No arm stops early; the flags decide which epoch is evaluated.
 
-A setting names a folder or file by its name and a hash of what it holds, so that another model in a folder of the same
-name is another setting; a Hub id is kept as it is. Where flags say {seed}, as in --train_file noisy/train_{seed}.csv,
-a run reads the file of its seed, and the hash is that of their folder.
+A setting identifies local files and folders by name and a hash of their contents; a Hub id is kept as it is. {seed} in
+a path, as in --train_file noisy/train_{seed}.csv, stands for the seed of the run, and the hash is that of the folder.
 """
 
 import argparse
@@ -35,47 +34,70 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, special, stats
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_rdrop.py"
-ARMS = {
-    "ce": ["--rdrop_alpha", "0", "--label_smoothing_factor", "0"],
-    "smooth": ["--rdrop_alpha", "0", "--label_smoothing_factor", "0.1"],
-    "rdrop": ["--rdrop_alpha", "5", "--label_smoothing_factor", "0"],
-    "both": ["--rdrop_alpha", "5", "--label_smoothing_factor", "0.1"],
-    "smooth_twice": ["--rdrop_alpha", "0", "--label_smoothing_factor", "0.1"],
-    "two_pass": ["--rdrop_alpha", "1e-9", "--label_smoothing_factor", "0.1"],
+CSV = Path(__file__).with_suffix(".csv")
+ARMS = {  # alpha and label smoothing
+    "ce": (0, 0),
+    "smooth": (0, 0.1),
+    "rdrop": (5, 0),
+    "both": (5, 0.1),
+    "smooth_twice": (0, 0.1),
+    "two_pass": (1e-9, 0.1),
 }
 PAIRS = [("both", "ce"), ("both", "smooth"), ("both", "smooth_twice"), ("both", "two_pass")]
 PAIRS += [("rdrop", "ce"), ("rdrop", "smooth"), ("smooth", "ce"), ("two_pass", "smooth"), ("smooth_twice", "smooth")]
 SHARES = ["accuracy", "f1", "auc"]  # shown in percent
-FIGURES = [*SHARES, "eval_loss", "train_nll", "test_nll", "gap"]  # nats; the gap is test_nll - train_nll
-CALIBRATION = ["ece", "brier", "scaled_nll"]  # shown where each run of a setting has them
+FIGURES = [*SHARES, "eval_loss", "train_nll", "test_nll", "gap"]  # in nats; the gap is test_nll - train_nll
+CALIBRATION = ["ece", "brier", "scaled_nll"]  # missing in older runs
 TIMES = ["train_seconds", "cpu_seconds"]
 COLUMNS = ["arm", "seed", "flags", *FIGURES[:-1], "best_epoch", "kl", *TIMES, "machine", *CALIBRATION, "temperature"]
 NUMBERS = [*FIGURES[:-1], "best_epoch", *TIMES, *CALIBRATION]
+PUBLISHED = {"f1": 0.012, "auc": 0.008}  # the gains that the article claims
 NOTES = """
 Shares in percent, losses in nats; gap: test_nll - train_nll; times: medians; CPU time: mean ratio of a seed's two runs.
 ±: standard deviation of arms, half of the 95 % interval (t) of differences. Brackets: seeds in favour of the first.
-eval_loss is compared where both arms smooth: else it is another loss, or test_nll once more. Needed: seeds with which
-80 % of such comparisons would show half a point of F1; in brackets, what the interval of their spread leaves open."""
+eval_loss is compared where both arms use smoothing; elsewhere it is a different loss, or test_nll again. needed: number
+of seeds with which 80 % of such comparisons would show half a point of F1 (brackets: 95 % interval of that number)."""
 RUNNING = []  # processes, to be ended with this one
 
 
-def arm_flags(arm, epochs):
-    """The flags of train_rdrop.py that make `arm`, where the others train for `epochs`."""
-    flags = ARMS.get(arm) or ["--rdrop_alpha", str(float(arm.removeprefix("alpha="))), *ARMS["smooth"][2:]]
-    return [*flags, "--num_train_epochs", str(2 * epochs if arm == "smooth_twice" else epochs)]
+class Question(NamedTuple):
+    """Planned runs on files of their own for each seed. The primary contrasts are F1 and AUC of both - `baseline`."""
+
+    title: str
+    epochs: int
+    arms: str
+    seeds: range
+    baseline: str
+
+    def runs(self):
+        return [(arm, seed) for arm in self.arms.split() for seed in self.seeds]
 
 
-def alpha_of(arm):
-    return float(arm_flags(arm, 1)[1])
+QUESTIONS = [  # as planned in README.md
+    Question("1 (whose plan named F1 alone, and no such rules)", 6, "ce smooth rdrop both", range(42, 54), "smooth"),
+    Question("4", 6, "smooth both two_pass", range(54, 78), "smooth"),
+    Question("5", 10, "ce smooth both two_pass", range(42, 66), "ce"),
+]
+
+
+def terms_of(arm):
+    """Alpha and label smoothing of `arm`."""
+    return ARMS[arm] if arm in ARMS else (float(arm.removeprefix("alpha=")), 0.1)
+
+
+def arm_name(name):
+    terms_of(name)
+    return name
 
 
 def contents(path):
-    """A short hash of a file, or of all files in a folder but hidden ones, with their names."""
+    """A short hash of a file, or of the names and contents of all files in a folder, except hidden ones."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         name = file.relative_to(path)
@@ -86,7 +108,7 @@ def contents(path):
 
 
 def name_of(flags):
-    """`flags` as the CSV file keeps them: models and data on disk by name and hash, as paths differ elsewhere."""
+    """The setting: `flags`, with local models and data by name and hash, as their paths differ between machines."""
     words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
     for i, (flag, value) in enumerate(zip(words, words[1:], strict=False), 1):
         if re.fullmatch("--(model.name.or.path|dataset.name|(train|validation|test).file)", flag):
@@ -113,8 +135,11 @@ def call(command, log, device=None):
 
 def run_flags(arm, seed, flags, epochs, folder):
     """All flags of train_rdrop.py for the run of `arm` with `seed`, which writes into `folder`."""
+    alpha, smoothing = terms_of(arm)
     argv = [flag.replace("{seed}", str(seed)) for flag in flags]
-    argv += [*arm_flags(arm, epochs), "--seed", str(seed), "--early_stopping_patience", "0"]
+    argv += ["--rdrop_alpha", str(alpha), "--label_smoothing_factor", str(smoothing), "--seed", str(seed)]
+    argv += ["--num_train_epochs", str(2 * epochs if arm == "smooth_twice" else epochs)]
+    argv += ["--early_stopping_patience", "0"]
     argv += ["--output_dir", f"{folder}/results", "--logging_dir", str(folder), "--report_to", "none"]
     return [*argv, "--logging_strategy", "epoch", "--save_total_limit", "1", "--disable_tqdm", "true"]
 
@@ -133,15 +158,11 @@ def train_once(arm, seed, flags, setting, epochs, devices):
     finally:
         devices.put(device)
     prefix = "test" if "test_f1" in results else "eval"
-    line = {"arm": arm, "seed": seed, "flags": setting}
-    line |= {name: results[f"{prefix}_{name}"] for name in ("accuracy", "f1", "auc")}
-    line["eval_loss"] = results[f"{prefix}_loss"]
-    line |= json.loads(said.splitlines()[-1])
-    line["best_epoch"] = round(results["best_epoch"])
-    line["kl"] = " ".join(f"{entry['kl']:.3g}" for entry in state["log_history"] if "kl" in entry)
-    line["train_seconds"] = results["train_runtime"]
-    line["cpu_seconds"] = round(seconds, 1)
-    return line
+    kls = [entry["kl"] for entry in state["log_history"] if "kl" in entry and terms_of(arm)[0] > 0]
+    line = {"arm": arm, "seed": seed, "flags": setting, **{name: results[f"{prefix}_{name}"] for name in SHARES}}
+    line |= {"eval_loss": results[f"{prefix}_loss"], "best_epoch": round(results["best_epoch"])}
+    line |= {"kl": " ".join(f"{kl:.3g}" for kl in kls), "train_seconds": results["train_runtime"]}
+    return line | {"cpu_seconds": round(seconds, 1)} | json.loads(said.splitlines()[-1])
 
 
 def nll(logits, labels, temperature=1.0):
@@ -151,14 +172,14 @@ def nll(logits, labels, temperature=1.0):
 
 
 def fitted_temperature(logits, labels):
-    """The temperature of least NLL (Guo et al., 2017, arXiv 1706.04599), between 1/20 and 20."""
+    """The temperature, between 1/20 and 20, that minimizes the NLL (Guo et al., 2017, arXiv 1706.04599)."""
     bounds = np.log([1 / 20, 20])
     found = optimize.minimize_scalar(lambda t: nll(logits, labels, np.exp(t)), bounds=bounds, method="bounded")
     return float(np.exp(found.x))
 
 
 def calibration_error(p, labels, bins=15):
-    """Expected calibration error of probabilities (n, classes): bins of equal mass by the confidence in the answer."""
+    """Expected calibration error of probabilities (n, classes), with bins of equal mass by confidence."""
     confidence = p.max(axis=-1)
     overconfidence = confidence - (p.argmax(axis=-1) == labels)
     by_confidence = np.argsort(confidence, kind="stable")
@@ -167,9 +188,9 @@ def calibration_error(p, labels, bins=15):
 
 
 def measure(argv):
-    """Print what a run's own figures leave out, without smoothing and dropout: NLL of train and test, calibration.
+    """Print what a run does not report itself: NLL of train and test without smoothing and dropout, and calibration.
 
-    Those of test come from `predictions.csv`; the temperature is fitted on the validation part, if there is one.
+    Test figures come from `predictions.csv`. The temperature is fitted on the validation split, if there is one.
     """
     from sklearn.metrics import brier_score_loss
     from transformers import DataCollatorWithPadding, Trainer
@@ -181,7 +202,7 @@ def measure(argv):
     splits = load_splits(args, args.seed)
     names = splits["train"].features["labels"].names
     data = tokenize(splits, tokenizer)
-    model = load_model(args, tokenizer, names)
+    model = load_model(args, names)
     trainer = Trainer(model, args, DataCollatorWithPadding(tokenizer), eval_dataset=data["train"])
     logits, labels, _ = trainer.predict(data["train"])
     line = {"train_nll": nll(logits.astype(float), labels)}
@@ -198,7 +219,7 @@ def measure(argv):
 
 
 def machine():
-    """Processor or GPU, and the versions that figures depend on."""
+    """Processor or GPU, and the versions of the libraries that determine the figures."""
     import torch
     import transformers
 
@@ -209,7 +230,7 @@ def machine():
 
 
 def read(file):
-    """The finished runs of each setting: {setting: {(arm, seed): line}}, figures as numbers."""
+    """The finished runs of each setting: {setting: {(arm, seed): line}}, with figures as numbers."""
     found = {}
     if file.exists():
         with open(file, newline="") as lines:
@@ -232,7 +253,7 @@ def keep(file, line):
 
 
 def run_all(todo, options, flags, setting, epochs):
-    """Run what is missing, `--jobs` at a time, and keep each line as it comes."""
+    """Run `todo`, `--jobs` at a time, and append each line to the CSV file as soon as its run has finished."""
     import torch
 
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -249,7 +270,7 @@ def run_all(todo, options, flags, setting, epochs):
                 keep(options.csv, line)
                 left = (time.monotonic() - begin) / done * (len(todo) - done)
                 figures = f"{line['arm']}, seed {line['seed']}: F1 {line['f1']:.4f}"
-                print(f"{done} of {len(todo)} runs; {figures}; some {left / 60:.0f} minutes left", flush=True)
+                print(f"{done} of {len(todo)} runs; {figures}; about {left / 60:.0f} minutes left", flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True, wait=False)
             for process in RUNNING:
@@ -264,15 +285,33 @@ def paired(differences, confidence=0.95):
     return statistics.mean(differences), width
 
 
-def leaves_out_zero(differences, confidence):
+def excludes_zero(differences, confidence):
     mean, width = paired(differences, confidence)
     return abs(mean) > width
 
 
+def holm(ps):
+    """The p-values `ps`, corrected for their number by Holm's procedure."""
+    order = np.argsort(ps)
+    corrected = np.empty(len(ps))
+    corrected[order] = np.maximum.accumulate(np.take(ps, order) * np.arange(len(ps), 0, -1)).clip(max=1)
+    return corrected.tolist()
+
+
+def verdict(differences, corrected_p, published):
+    """What README.md's plan concludes from a primary contrast."""
+    mean, width = paired(differences)
+    if corrected_p < 0.05:
+        return "helps" if mean > 0 else "harms"
+    return "no gain of the published size" if published > mean + width else "undecided"
+
+
 def seeds_needed(spread, effect):
-    """Pairs with which a two-sided t test at 5 % sees `effect`, where differences have the standard deviation `spread`,
-    in 80 % of the cases."""
-    n = max(2, int((2.8 * spread / effect) ** 2) - 1)  # what the normal distribution would need, and a little less
+    """The number of pairs with which a two-sided t test at 5 % detects `effect` in 80 % of the cases.
+
+    `spread` is the standard deviation of the differences.
+    """
+    n = max(2, int((2.8 * spread / effect) ** 2) - 1)  # just below what the normal distribution requires
     while True:
         critical, shift = stats.t.ppf(0.975, n - 1), effect / spread * math.sqrt(n)
         if stats.nct.sf(critical, n - 1, shift) >= 0.8:
@@ -281,7 +320,7 @@ def seeds_needed(spread, effect):
 
 
 def needed(differences, effect=0.005):
-    """`seeds_needed`, and the range of it that the 95 % interval of the standard deviation leaves open."""
+    """`seeds_needed`, and its range over the 95 % interval of the standard deviation."""
     if len(differences) < 3 or np.ptp(differences) == 0:
         return "-"
     n, spread = len(differences) - 1, statistics.stdev(differences)
@@ -301,35 +340,35 @@ def cell(mean, width, name, sign=""):
 
 
 def figures_of(found):
-    """The figures that each run in `found` has: older ones lack those of calibration."""
+    """The figures that every run in `found` has."""
     return [*FIGURES, *(name for name in CALIBRATION if not any(math.isnan(run[name]) for run in found.values()))]
+
+
+def table_head(*columns):
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
 def print_arms(found, arms, seeds):
     """Print the table of means and standard deviations."""
     figures = figures_of(found)
-    print(f"| arm | seeds | {' | '.join(figures)} | train s | CPU s |\n|---|---|{'---|' * (len(figures) + 2)}")
+    print(table_head("arm", "seeds", *figures, "train s", "CPU s"))
     for arm in arms:
         runs = [found[arm, seed] for seed in seeds if (arm, seed) in found]
         if runs:
             cells = [cell(*mean_and_std([run[name] for run in runs]), name) for name in figures]
-            times = [f"{statistics.median(run[f'{name}_seconds'] for run in runs):.0f}" for name in ("train", "cpu")]
+            times = [f"{statistics.median(run[name] for run in runs):.0f}" for name in TIMES]
             print(f"| {arm} | {len(runs)} | {' | '.join([*cells, *times])} |")
-
-
-def smoothed(arm):
-    return arm_flags(arm, 1)[3] == "0.1"
 
 
 def difference(one, two):
     return {name: one[name] - two[name] for name in [*FIGURES, *CALIBRATION]}
 
 
-def print_row(label, arms, differences, names, intervals, extra=()):
-    """Print a row of `differences`, dicts of figures, one a seed; adds to `intervals` what they are taken from."""
-    cells = []
+def print_row(arms, differences, names, intervals, extra=()):
+    """Print a row of `differences`, one dict of figures per seed, and add the compared values to `intervals`."""
+    label, cells = " - ".join(arms), []
     for name in names:
-        if name == "eval_loss" and not all(map(smoothed, arms)):  # another loss, or test_nll once more
+        if name == "eval_loss" and not all(terms_of(arm)[1] for arm in arms):  # see NOTES
             cells.append("-")
             continue
         values = intervals[f"{label} {name}"] = [figures[name] for figures in differences]
@@ -339,21 +378,20 @@ def print_row(label, arms, differences, names, intervals, extra=()):
 
 
 def print_correction(intervals):
-    """Print how many of the `intervals` leave out zero, and what a correction for their number takes away."""
+    """Print how many of the `intervals` exclude zero, and which still do when corrected for their number."""
     clear, corrected = (
-        [name for name, differences in intervals.items() if leaves_out_zero(differences, confidence)]
+        [name for name, differences in intervals.items() if excludes_zero(differences, confidence)]
         for confidence in (0.95, 1 - 0.05 / len(intervals))
     )
-    print(f"{len(clear)} of {len(intervals)} intervals leave out zero.", end=" ")
+    print(f"{len(clear)} of {len(intervals)} intervals exclude zero.", end=" ")
     print(f"Corrected for their number (Bonferroni): {'; '.join(corrected) or 'none'}")
     print(f"Lost by the correction: {'; '.join(name for name in clear if name not in corrected) or 'none'}")
 
 
 def print_differences(found, arms, seeds):
-    """Print the table of paired differences, and how many of its intervals leave out zero."""
+    """Print the table of paired differences, and how many of its intervals exclude zero."""
     compared = [name for name in figures_of(found) if name != "train_nll"]  # less is neither better nor worse
-    columns = [*compared, "CPU time", "needed"]
-    print(f"\n| difference | seeds | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    print(f"\n{table_head('difference', 'seeds', *compared, 'CPU time', 'needed')}")
     intervals, same_epoch = {}, []
     for one, two in PAIRS + [(arm, "smooth") for arm in arms if arm.startswith("alpha=")]:
         pairs = [(found[one, seed], found[two, seed]) for seed in seeds if {(one, seed), (two, seed)} <= found.keys()]
@@ -362,7 +400,7 @@ def print_differences(found, arms, seeds):
         differences = [difference(*pair) for pair in pairs]
         ratio, width = paired([first["cpu_seconds"] / second["cpu_seconds"] for first, second in pairs])
         extra = f"{ratio:.2f} ± {width:.2f}", needed([figures["f1"] for figures in differences])
-        print_row(f"{one} - {two}", (one, two), differences, compared, intervals, extra)
+        print_row((one, two), differences, compared, intervals, extra)
         gaps = [first["gap"] - second["gap"] for first, second in pairs if first["best_epoch"] == second["best_epoch"]]
         if len(gaps) > 2:
             same_epoch.append(f"{one} - {two} {cell(*paired(gaps), 'gap', '+')} ({len(gaps)} seeds)")
@@ -375,27 +413,26 @@ def print_differences(found, arms, seeds):
 
 
 def print_changes(found, base, arms, seeds):
-    """Print, seed by seed, what the flags change that the runs in `found` have beyond those in `base`: the figures of
-    each arm, and the differences between arms."""
+    """Print how the runs in `found` differ from those in `base`, for each arm and for each difference between arms."""
 
     def contrast(runs, names, seed):
         first, *others = (runs[name, seed] for name in names)
         return difference(first, *others) if others else first
 
     names = [name for name in figures_of(found) if name in figures_of(base) and name != "train_nll"]
-    print(f"\n| change | seeds | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
+    print(f"\n{table_head('change', 'seeds', *names)}")
     intervals = {}
     for row in [*((arm,) for arm in arms), *PAIRS]:
         shared = [seed for seed in seeds if all((arm, seed) in runs for arm in row for runs in (found, base))]
         if len(shared) > 1:
             changes = [difference(contrast(found, row, seed), contrast(base, row, seed)) for seed in shared]
-            print_row(" - ".join(row), row, changes, names, intervals)
+            print_row(row, changes, names, intervals)
     if intervals:
         print_correction(intervals)
 
 
-def show(found, arms, seeds):
-    """Print the tables of the runs in `found`."""
+def print_tables(found, arms, seeds):
+    """Print all tables of the runs in `found`, and the KL of each arm by epoch."""
     print_arms(found, arms, seeds)
     print_differences(found, arms, seeds)
     for arm in arms:
@@ -407,17 +444,56 @@ def show(found, arms, seeds):
             print(f"never falling: {rising} of {len(kls)} seeds)")
 
 
-def show_all(file):
-    """Print the tables of every setting in the CSV file: the named arms, then the alphas, by the seeds they share."""
-    settings = read(file)
+def question_of(setting, found):
+    """The question that the runs of a setting belong to, if any."""
+    for question in QUESTIONS:
+        by_seed = "{seed}" in setting and f"--num_train_epochs {question.epochs} " in f"{setting} "
+        if by_seed and any(run in found for run in question.runs()):
+            return question
+    return None
+
+
+def is_complete(setting, found):
+    """Whether all planned runs are there, so that differences may be computed."""
+    question = question_of(setting, found)
+    return question is None or found.keys() >= set(question.runs())
+
+
+def print_verdicts(question, found):
+    """Print the tests of the primary contrasts and what README.md's plan concludes from them."""
+    two, seeds = question.baseline, question.seeds
+    contrasts = {name: [found["both", seed][name] - found[two, seed][name] for seed in seeds] for name in PUBLISHED}
+    ps = [stats.ttest_1samp(differences, 0).pvalue for differences in contrasts.values()]
+    print(f"\nPrimary contrasts of question {question.title}: paired t tests, two-sided; p corrected by Holm\n")
+    print(table_head("contrast", "seeds", "difference", "p", "corrected p", "verdict"))
+    for (name, differences), p, corrected in zip(contrasts.items(), ps, holm(ps), strict=True):
+        cells = cell(*paired(differences), name, "+"), f"{p:.4f}", f"{corrected:.4f}"
+        conclusion = verdict(differences, corrected, PUBLISHED[name])
+        print(f"| {name} of both - {two} | {len(seeds)} | {' | '.join(cells)} | {conclusion} |")
+
+
+def show(settings, wanted=None):
+    """Print the tables of the setting `wanted`, or of all settings: named arms first, then the values of alpha.
+
+    For a planned question with missing runs, only their number is printed.
+    """
     for setting, found in settings.items():
-        seeds = sorted({seed for _, seed in found})
+        if wanted not in (None, setting):
+            continue
         print(f"Setting: {setting}")
+        question = question_of(setting, found)
+        if not is_complete(setting, found):
+            runs = question.runs()
+            print(f"{sum(run in found for run in runs)} of {len(runs)} runs\n")
+            continue
         for name in sorted({run["machine"] for run in found.values()}):
             print(f"Machine: {name}")
         print()
+        seeds = sorted({seed for _, seed in found})
         arms = [arm for arm in ARMS if any((arm, seed) in found for seed in seeds)]
-        show(found, arms, seeds)
+        print_tables(found, arms, seeds)
+        if question:
+            print_verdicts(question, found)
         for shorter, base in settings.items():
             if setting.startswith(f"{shorter} "):
                 print(f"\nChanged by {setting.removeprefix(shorter).strip()}, in arms and in their differences")
@@ -427,8 +503,23 @@ def show_all(file):
             alphas |= {"smooth", "two_pass", "both"} & {arm for arm, _ in found}
             common = [seed for seed in seeds if all((arm, seed) in found for arm in alphas)]
             print(f"\nAlpha, with smoothing, by the seeds {common} alone\n")
-            show(found, sorted(alphas, key=alpha_of), common)
+            print_tables(found, sorted(alphas, key=terms_of), common)
         print()
+
+
+def show_pooled(settings):
+    """Print the tables of complete settings that differ only in the hash of files of each seed, pooled."""
+    groups = {}
+    for setting in settings:
+        if is_complete(setting, settings[setting]):
+            groups.setdefault(re.sub(r"(\{seed\}\S*)@\w+", r"\1", setting), []).append(setting)
+    for name, members in groups.items():
+        if len(members) > 1:
+            shared = set.intersection(*({arm for arm, _ in settings[setting]} for setting in members))
+            runs = {(arm, (member, seed)): run for member in members for (arm, seed), run in settings[member].items()}
+            print(f"Pooled: {name}\n")
+            print_tables(runs, [arm for arm in ARMS if arm in shared], sorted({seed for _, seed in runs}))
+            print()
 
 
 def main(argv=None):
@@ -436,23 +527,21 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--show", action="store_true", help="print the tables of every setting in the CSV file, and end"
+        "--show", action="store_true", help="print the tables of all settings in the CSV file, and exit"
     )
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="default: the first six")
+    options = {"nargs": "+", "type": arm_name, "default": list(ARMS), "metavar": "ARM"}
+    parser.add_argument("--arms", **options, help="default: all but alpha=A")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="default: 42 43 44")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument(
-        "--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: arms.csv beside this file"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time (default: 1)")
+    parser.add_argument("--csv", type=Path, default=CSV, help="default: arms.csv next to this file")
     options, flags = parser.parse_known_args(argv)
     if options.show:
         if flags or not options.csv.exists():
-            parser.error(f"--show takes no other flag than --csv: {flags}" if flags else f"there is no {options.csv}")
-        show_all(options.csv)
+            parser.error(f"--show cannot be combined with {flags}" if flags else f"{options.csv} does not exist")
+        settings = read(options.csv)
+        show(settings)
+        show_pooled(settings)
         return
-    for arm in options.arms:
-        if arm not in ARMS and not arm.removeprefix("alpha=").replace(".", "", 1).isdecimal():
-            parser.error(f"no arm is called {arm}: there are {', '.join(ARMS)}, alpha=A")
     from train_rdrop import parse_args
 
     epochs, setting = parse_args(flags).num_train_epochs, name_of(flags)
@@ -460,8 +549,7 @@ def main(argv=None):
     todo = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed) not in found]
     if todo:
         run_all(todo, options, flags, setting, epochs)
-        found = read(options.csv)[setting]
-    show(found, options.arms, options.seeds)
+    show(read(options.csv), setting)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,39 @@
-"""How fast train_rdrop.py is beside the published way, on the same model, data and seed, in one process.
+"""Compare the speed of train_rdrop.py with that of the published way, on the same model, data and seed.
 
     python tests/experiments/benchmark.py                 # the tiny model and data of tiny_imdb.py
     OMP_NUM_THREADS=1 python tests/experiments/benchmark.py --model_name_or_path FOLDER --random_weights \\
         --dataset_name FOLDER_OR_HUB_ID --max_train_samples 320 --max_eval_samples 320
     python tests/experiments/benchmark.py --memory --model_name_or_path FOLDER --dataset_name FOLDER_OR_HUB_ID
-    python tests/experiments/benchmark.py --rows 100000   # seconds and memory of reading a file
+    python tests/experiments/benchmark.py --rows 100000   # time and memory of reading a file
 
-Its own flags are below; every other flag goes to train_rdrop.py as it is. Each repeat runs every variant once, in
-rotating order: evaluate the initial weights, then train. Times are by the clock on a GPU. Without one they are the CPU
-time of this process, on all its threads, for others may use the machine; threads that wait for each other count, too,
-so that one thread is best. Figures are medians over the repeats; ratios are taken in each repeat, for a machine's speed
-drifts. Pytest does not collect this file.
+All flags except those listed below are passed on to train_rdrop.py. Each repeat runs every variant once, in rotating
+order: it evaluates the initial weights, then trains. On a GPU, times are wall-clock times. On a CPU they are the CPU
+time of this process, since other work may share the machine; use one thread, as waiting threads count, too. Figures are
+medians over the repeats. Ratios are computed within each repeat, because the speed of a machine drifts. Needs Linux.
 """
 
 import argparse
 import csv
 import ctypes
 import gc
-import json
 import math
+import multiprocessing
 import os
 import random
-import resource
+import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import psutil
 import torch
 from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
-from transformers import RobertaConfig, RobertaForSequenceClassification, Trainer, TrainerCallback
+from transformers import PrinterCallback, RobertaConfig, RobertaForSequenceClassification, Trainer, TrainerCallback
 from transformers import TrainingArguments, set_seed
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[1:3])
@@ -46,9 +42,8 @@ import tiny_imdb
 from train_rdrop import RDropLoss, RDropTrainer, compute_metrics, load_model, load_splits, load_tokenizer
 from train_rdrop import parse_args, split_by_length, tokenize
 
-# The flags that make each variant; the published way has Trainer's own defaults where the script has others.
 VARIANTS = {
-    "published": ["--logging_nan_inf_filter", "true", "--dataloader_num_workers", "0"],
+    "published": ["--dataloader_num_workers", "0"],
     "default": [],
     "buckets 2": ["--length_buckets", "2"],
     "buckets 4": ["--length_buckets", "4"],
@@ -56,12 +51,13 @@ VARIANTS = {
     "doubled batch": [],
 }
 DEFAULTS = ["--report_to", "none", "--num_train_epochs", "1"]
+DEFAULTS += [] if torch.cuda.is_available() else ["--use_cpu"]  # --bf16 needs it
 FIXED = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
 FIXED += ["--length_buckets", "1", "--disable_tqdm", "true"]
 
 
 class PublishedTrainer(Trainer):
-    """The published way: two passes in training and in evaluation, labels passed to the model."""
+    """The published way: two passes in training and in evaluation, with the labels passed to the model."""
 
     loss_is_scaled_for_ga = False
 
@@ -76,7 +72,7 @@ class PublishedTrainer(Trainer):
 
 
 class DoubledTrainer(PublishedTrainer):
-    """The paper's own trick: one call on the batch twice over, [x; x], instead of two calls; one pass in evaluation."""
+    """The paper's implementation: one call on the doubled batch [x; x] in training, one pass in evaluation."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -84,8 +80,7 @@ class DoubledTrainer(PublishedTrainer):
         if not model.training:
             logits = model(**inputs).logits
             return self.rdrop_loss(logits, logits, labels), {"logits": logits}
-        twice = {name: torch.cat([x, x]) for name, x in inputs.items()}
-        first, second = model(**twice).logits.chunk(2)
+        first, second = model(**{name: torch.cat([x, x]) for name, x in inputs.items()}).logits.chunk(2)
         return self.rdrop_loss(first, second, labels)
 
 
@@ -93,7 +88,7 @@ TRAINERS = {"published": PublishedTrainer, "doubled batch": DoubledTrainer}
 
 
 class Clock(TrainerCallback):
-    """Times a training from the first step's begin to the last step's end."""
+    """Measures the time of training, from the beginning of the first step to the end of the last."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -105,16 +100,16 @@ class Clock(TrainerCallback):
 
 
 class TokenCounter:
-    """Counts the tokens that a model is given, computed and real: not the collator's, for buckets cut its padding."""
+    """Counts the tokens that a model receives, with and without padding. Buckets cut the padding of the collator."""
 
     def __init__(self, model):
         self.computed = self.real = 0
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
-    @torch.compiler.disable  # else a compiled model would be compiled again for each count
+    @torch.compiler.disable  # a compiled model would be recompiled for every count
     def count(self, model, args, inputs):
         self.computed += inputs["input_ids"].numel()
-        self.real += inputs["attention_mask"].sum()  # stays on the GPU: its figure would have to be waited for
+        self.real += inputs["attention_mask"].sum()  # stays on the GPU, to avoid a synchronization
 
     def take_share(self):
         """The share of padding since the last call."""
@@ -124,41 +119,32 @@ class TokenCounter:
 
 
 def seconds():
-    """The clock, once the GPU has done all its work; without a GPU the CPU time of this process."""
+    """Wall-clock time after all work of the GPU; without a GPU, the CPU time of this process."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
-    return time.process_time()  # without the workers of a data loader, of which there are none by default
+    return time.process_time()
 
 
-@contextmanager
-def peak_memory():
-    """Yields a list that holds, at the end, the peak in MiB: allocated on the GPU, or by how much this process grew."""
-    peak = []
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        yield peak
-        peak.append(torch.cuda.max_memory_allocated() / 2**20)
-        return
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # (Linux) gives back what earlier variants have freed
-    process, ended = psutil.Process(), threading.Event()
-    start = process.memory_info().rss
-    seen = [start]
+def memory(kind="VmHWM"):
+    """Peak memory of this process in MiB, or its memory now (VmRSS)."""
+    return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
 
-    def watch():
-        while not ended.wait(0.02):
-            seen[0] = max(seen[0], process.memory_info().rss)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:  # an error must not leave it watching for ever
-        ended.set()
-        watcher.join()
-    peak.append((seen[0] - start) / 2**20)
+def measured(function):
+    """Result of `function()`, its seconds, and its peak in MiB: allocated on the GPU, or the growth of this process."""
+    on_gpu, gpu = torch.cuda.is_available(), torch.cuda
+    if on_gpu:
+        gpu.empty_cache()
+        gpu.reset_peak_memory_stats()
+    else:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, begin = memory("VmRSS"), seconds()
+    result = function()
+    spent = seconds() - begin
+    return result, spent, gpu.max_memory_allocated() / 2**20 if on_gpu else memory() - before
 
 
 # -----------------------------------------------------------------------------
@@ -166,7 +152,7 @@ def peak_memory():
 
 
 def load(args, random_weights):
-    """Tokenizer, model, and the data: `train`, `eval`, and `eval` in file order as `published`."""
+    """Tokenizer, model, and the data: `train`, `eval`, and `published`, which is `eval` in file order."""
     splits = load_splits(args, args.seed)
     names = splits["train"].features["labels"].names
     tokenizer = load_tokenizer(args)
@@ -176,25 +162,22 @@ def load(args, random_weights):
             config.update_from_string(args.config_overrides)
         model = AutoModelForSequenceClassification.from_config(config)
     else:
-        model = load_model(args, tokenizer, names)
-    chooser = "validation" if "validation" in splits else "test"
-    data = tokenize(DatasetDict(train=splits["train"], eval=splits[chooser]), tokenizer)
-    # `tokenize` leaves the order of a train split as it is
-    data["published"] = tokenize(DatasetDict(train=splits[chooser]), tokenizer)["train"]
+        model = load_model(args, names)
+    rows = splits.get("validation", splits.get("test"))
+    data = tokenize(DatasetDict(train=splits["train"], eval=rows), tokenizer)
+    data["published"] = tokenize(DatasetDict(train=rows), tokenizer)["train"]  # `tokenize` sorts all splits but train
     return tokenizer, model, data
 
 
 def build(variant, argv, data, weights, tokenizer, model):
-    """A trainer of `variant`, the model at its initial weights."""
+    """A trainer of `variant`, with the model reset to its initial weights."""
     args = parse_args([*argv, *FIXED, *VARIANTS[variant]])
     model.load_state_dict(weights)
-    multiple_of = 8 if args.mixed_precision != "no" and tokenizer.model_max_length % 8 == 0 else None
-    if variant == "published":
-        multiple_of = None
-    return TRAINERS.get(variant, RDropTrainer)(
+    pad = variant != "published" and args.mixed_precision != "no" and tokenizer.model_max_length % 8 == 0
+    trainer = TRAINERS.get(variant, RDropTrainer)(
         model=model,
         args=args,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple_of),
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if pad else None),
         train_dataset=data["train"],
         eval_dataset=data["published" if variant == "published" else "eval"],
         processing_class=tokenizer,
@@ -203,30 +186,27 @@ def build(variant, argv, data, weights, tokenizer, model):
         alpha=args.rdrop_alpha,
         length_buckets=args.length_buckets,
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def measure(trainer, counter):
     """Evaluate, then train; returns the figures of both, and of an epoch."""
     figures = {}
-    begin = seconds()
-    with peak_memory() as peak:
-        figures["eval loss"] = trainer.evaluate()["eval_loss"]
-    figures["eval s"] = seconds() - begin
+    metrics, figures["eval s"], figures["eval MiB"] = measured(trainer.evaluate)
+    figures["eval loss"], figures["eval padding"] = metrics["eval_loss"], counter.take_share()
     figures["eval samples/s"] = len(trainer.eval_dataset) / figures["eval s"]
-    figures["eval padding"], figures["eval MiB"] = counter.take_share(), peak[0]
-    with peak_memory() as peak:
-        trainer.train()
+    _, _, figures["train MiB"] = measured(trainer.train)
     clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
-    figures["train s"] = clock.seconds / trainer.args.num_train_epochs
+    figures["train s"], figures["train padding"] = clock.seconds / trainer.args.num_train_epochs, counter.take_share()
     figures["train samples/s"] = len(trainer.train_dataset) / figures["train s"]
-    figures["train padding"], figures["train MiB"] = counter.take_share(), peak[0]
     figures["epoch s"] = figures["train s"] + figures["eval s"]
     figures["ms/step"] = 1e3 * clock.seconds / trainer.state.global_step
     return figures
 
 
 def loader_ms(trainer):
-    """Milliseconds a batch, waited for and of this process's CPU, where nothing but loading is done."""
+    """Wall-clock and CPU milliseconds per batch that this process spends on loading alone."""
     batches = iter(trainer.get_train_dataloader())
     next(batches)  # starts the workers
     begin, cpu = time.perf_counter(), time.process_time()
@@ -241,11 +221,10 @@ def compare(argv, options):
     tokenizer, model, data = load(args, options.random_weights)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     counter = TokenCounter(model)
+    gc.freeze()  # so that collections need not visit the objects of imported libraries
     variants = list(VARIANTS)
-    if not (options.doubled_batch or torch.cuda.is_available()):
-        variants.remove("doubled batch")
     few = DatasetDict({split: rows.select(range(min(len(rows), 32))) for split, rows in data.items()})
-    for variant in variants:  # first calls allocate, choose kernels, compile
+    for variant in variants:  # the first calls allocate memory, choose kernels and compile
         measure(build(variant, argv, few, weights, tokenizer, model), counter)
     repeats = []
     for repeat in range(options.repeats):
@@ -255,12 +234,14 @@ def compare(argv, options):
             figures[variant] = measure(build(variant, argv, data, weights, tokenizer, model), counter)
             print(f"repeat {repeat + 1}, {variant}: {figures[variant]}", file=sys.stderr)
         losses = [figure["eval loss"] for figure in figures.values()]
-        assert all(math.isclose(loss, losses[0], rel_tol=1e-3) for loss in losses), f"{losses} differ in evaluation"
+        assert all(math.isclose(loss, losses[0], rel_tol=1e-3) for loss in losses), (
+            f"evaluation losses differ: {losses}"
+        )
         repeats.append(figures)
 
     device, time_by = f"CPU, {torch.get_num_threads()} threads", "CPU time of the process"
     if torch.cuda.is_available():
-        device, time_by = torch.cuda.get_device_name(), "the clock"
+        device, time_by = torch.cuda.get_device_name(), "wall-clock time"
     shape = f"{model.num_parameters() / 1e6:.1f} M parameters, {tokenizer.model_max_length} tokens"
     precision = f"mixed precision: {args.mixed_precision}; batch {args.per_device_train_batch_size}"
     print(f"\n{device}; torch {torch.__version__}; {model.config.model_type}, {shape}; {precision}")
@@ -272,32 +253,37 @@ def compare(argv, options):
     for workers in ("0", "2"):
         flags = [*argv, "--dataloader_num_workers", workers]
         ms, cpu = loader_ms(build("default", flags, data, weights, tokenizer, model))
-        of_main = f"{cpu:.2f} ms of the main process's CPU"
-        print(f"Loader with {workers} workers: {ms:.2f} ms a batch, {of_main}, beside {step:.1f} ms a step")
+        print(f"Loader with {workers} workers: {ms:.2f} ms per batch,", end=" ")
+        print(f"{cpu:.2f} ms of CPU time in the main process; a training step: {step:.1f} ms")
+
+
+def print_table(columns, rows):
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for cells in rows:
+        print(f"| {' | '.join(cells)} |")
 
 
 def print_figures(variants, repeats):
     columns = [f"{part} {figure}" for part in ("train", "eval") for figure in ("samples/s", "padding", "MiB")]
     columns += ["epoch s", "eval loss"]
-    print(f"| variant | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     formats = {"padding": ".1%", "MiB": ".0f", "loss": ".5f"}
-    for variant in variants:
-        cells = []
-        for column in columns:
-            figure = statistics.median(figures[variant][column] for figures in repeats)
-            cells.append(format(figure, formats.get(column.split()[-1], ".1f")))
-        print(f"| {variant} | {' | '.join(cells)} |")
+
+    def cell(variant, column):
+        figure = statistics.median(figures[variant][column] for figures in repeats)
+        return format(figure, formats.get(column.split()[-1], ".1f"))
+
+    rows = ([variant, *(cell(variant, column) for column in columns)] for variant in variants)
+    print_table(["variant", *columns], rows)
 
 
 def print_ratios(variants, repeats):
-    print("\nTimes as fast as the published way: median (each repeat)\n")
-    print("| variant | training | evaluation | whole epoch |\n|---|---|---|---|")
-    for variant in variants:
-        cells = []
-        for column in ("train s", "eval s", "epoch s"):
-            ratios = [figures["published"][column] / figures[variant][column] for figures in repeats]
-            cells.append(f"{statistics.median(ratios):.2f} ({' '.join(f'{ratio:.2f}' for ratio in ratios)})")
-        print(f"| {variant} | {' | '.join(cells)} |")
+    def cell(variant, column):
+        ratios = [figures["published"][column] / figures[variant][column] for figures in repeats]
+        return f"{statistics.median(ratios):.2f} ({' '.join(f'{ratio:.2f}' for ratio in ratios)})"
+
+    print("\nSpeed relative to the published way: median (each repeat)\n")
+    rows = ([variant, *(cell(variant, name) for name in ("train s", "eval s", "epoch s"))] for variant in variants)
+    print_table(["variant", "training", "evaluation", "whole epoch"], rows)
     print()
 
 
@@ -306,31 +292,31 @@ def print_ratios(variants, repeats):
 
 
 def saved_bytes(trainer, batch_size, tokens, padded):
-    """Bytes that autograd keeps for the backward of one training step: distinct storages, parameters excluded."""
+    """Bytes that autograd keeps for the backward of one training step: distinct storages, without parameters."""
     storages = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()  # all stay alive, so that no address comes twice
+        storages[storage.data_ptr()] = storage.nbytes()  # all of them stay alive, so addresses are unique
         return tensor
 
     ids = torch.randint(5, trainer.model.config.vocab_size, (batch_size, tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch_size) % 2}
-    if padded:  # then attention keeps a mask, too
+    if padded:  # attention then keeps a mask, too
         batch["attention_mask"][0, -1] = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.compute_loss(trainer.model.train(), batch)
     for parameter in trainer.model.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
-    assert loss.requires_grad  # and has kept the graph up to here
+    assert loss.requires_grad  # and has kept the graph until here
     return sum(storages.values())
 
 
 def bytes_by_shape(trainer, padded):
-    """A function of rows and tokens: the bytes that a step keeps, after batches of 1 and 2 rows at three lengths.
+    """A function of rows and tokens: the bytes that a step keeps, fitted to batches of 1 and 2 rows at three lengths.
 
-    A fixed part (half-precision copies of the weights, made by each call of the model), and for each row one linear in
-    its tokens, and one quadratic: the mask of a padded batch, in each layer. Attention itself is not kept.
+    They have a fixed part (half-precision copies of the weights, made by each call of the model), and in each row a
+    part linear and a part quadratic in its tokens (the mask of a padded batch, in each layer).
     """
     tokens = np.array([64, 128, 192])  # the same curve as up to 512, in less time
     one, two = ([saved_bytes(trainer, rows, n, padded) for n in tokens.tolist()] for rows in (1, 2))
@@ -341,28 +327,28 @@ def bytes_by_shape(trainer, padded):
 
 
 def kept_bytes(step_bytes, lengths, batch_size, buckets):
-    """Bytes kept by each step of an epoch over texts of `lengths`, shuffled; widths are multiples of 8, as on a GPU."""
+    """Bytes kept by each step of an epoch over shuffled texts of `lengths`; widths are multiples of 8, as on a GPU."""
     lengths = np.random.default_rng(0).permutation(lengths)
     lengths = torch.from_numpy(lengths[: len(lengths) // batch_size * batch_size])
     steps = []
     for batch in lengths.split(batch_size):
         mask = torch.arange(-(-max(batch) // 8) * 8) < batch[:, None]
-        _, parts = split_by_length({"attention_mask": mask}, buckets, 8)
-        steps.append(sum(step_bytes(*part["attention_mask"].shape) for part in parts))
+        groups, _ = split_by_length({"attention_mask": mask}, buckets, 8)
+        steps.append(sum(step_bytes(*group["attention_mask"].shape) for group in groups))
     return np.array(steps)
 
 
 def print_memory(lengths, batch_size):
-    """Print the memory of a training step at roberta-base's shape, computed from the tensors that autograd saves.
+    """Print the memory of a training step of roberta-base, computed from the tensors that autograd saves.
 
-    Stand-ins for a GPU with fp16: autocast to bf16, as wide; no attention dropout, for which the CPU has no fused
-    attention; dropout whose mask takes one byte an element, as CUDA's. Left out: temporary tensors, the CUDA context,
-    the caching allocator's slack; with checkpointing, also the one layer that the backward recomputes at a time.
+    A CPU stands in for a GPU with fp16: autocast to bf16, which is as wide; no attention dropout, for which the CPU has
+    no fused attention; dropout with a mask of one byte per element, as on CUDA. Not included are temporary tensors, the
+    CUDA context, the slack of the caching allocator and, with checkpointing, the layer that is being recomputed.
     """
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
     config.attention_probs_dropout_prob = 0.0
     model = RobertaForSequenceClassification(config)
-    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # each pass by itself, as accelerate does
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # per pass, as in accelerate
     args = TrainingArguments(tempfile.gettempdir(), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
     fixed = 4 * sum(parameter.nbytes for parameter in model.parameters())
 
@@ -374,47 +360,42 @@ def print_memory(lengths, batch_size):
         largest = f" (largest {(fixed + np.max(kept)) / 2**30:.1f})" if np.size(kept) > 1 else ""
         return "{:.1f} + {:.1f} = {:.1f}".format(*parts) + largest
 
-    columns = {}
+    columns = {"texts": ["all of 512 tokens", "the data's lengths", "`--length_buckets 2`", "`--length_buckets 4`"]}
     with mock.patch("torch.nn.functional.dropout", dropout):
         for how in ("", ", `--activation_checkpointing`"):
             once, twice = (RDropTrainer(model, args, alpha=alpha) for alpha in (0.0, 5.0))
             ratio = saved_bytes(twice, 1, 64, padded=True) / saved_bytes(once, 1, 64, padded=True)
             assert math.isclose(ratio, 2, rel_tol=1e-3), f"two passes keep {ratio} times the memory of one"
             full, padded = bytes_by_shape(once, padded=False), bytes_by_shape(once, padded=True)
-            kept = [kept_bytes(padded, lengths, batch_size, buckets) for buckets in (1, 2, 4)]
-            kept = [full(batch_size, 512), *kept]
-            columns["one pass" + how] = [cell(step) for step in kept]
-            columns["two passes (R-Drop)" + how] = [cell(2 * step) for step in kept]
+            kept = [full(batch_size, 512)]
+            kept += [kept_bytes(padded, lengths, batch_size, buckets) for buckets in (1, 2, 4)]
+            columns[f"one pass{how}"] = [cell(step) for step in kept]
+            columns[f"two passes (R-Drop){how}"] = [cell(2 * step) for step in kept]
             model.activation_checkpointing_enable()
 
-    print(f"\nComputed, not measured: GiB of a step of roberta-base with {batch_size} texts, half precision.")
+    print(f"\nComputed, not measured: GiB of a training step of roberta-base with {batch_size} texts, half precision.")
     print("Weights, gradients and AdamW's two states in fp32 + what is kept for the backward = sum.")
-    print(f"The data's lengths: {len(lengths)} texts, on average {np.mean(lengths):.0f} tokens; mean over the steps\n")
-    print(f"| texts | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    names = ["all of 512 tokens", "the data's lengths", "`--length_buckets 2`", "`--length_buckets 4`"]
-    for name, *cells in zip(names, *columns.values(), strict=True):
-        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"The data's lengths: {len(lengths)} texts, {np.mean(lengths):.0f} tokens on average; mean over the steps.\n")
+    print_table(columns, zip(*columns.values(), strict=True))
 
 
 # -----------------------------------------------------------------------------
-# The data part
+# Reading data
 
 
 def read_once(path):
-    """Print the CPU seconds of `load_splits` on one file, and this process's peak of memory."""
+    """CPU seconds of `load_splits` on one file, and the peak memory of this process in MiB."""
     args = parse_args(["--train_file", path, "--validation_fraction", "0.1", "--report_to", "none"])
     begin = time.process_time()
     load_splits(args, args.seed)
-    spent = time.process_time() - begin
-    print(json.dumps([spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))
+    return time.process_time() - begin, memory()
 
 
-def print_reading(rows, folder):
-    """Print what reading a CSV file of `rows` rows costs, first and from the cache, beside one of 100 rows."""
-    env = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache"}
+def print_reading(rows_asked, folder):
+    """Print what it takes to read a CSV file of `rows_asked` rows, first and from the cache, beside one of 100 rows."""
     rng = random.Random(0)
-    lines = ["| rows | MB | read | CPU s | peak MiB |\n|---|---|---|---|---|"]
-    for count in (100, rows):
+    rows = []
+    for count in (100, rows_asked):
         path = f"{folder}/{count}.csv"
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
@@ -423,25 +404,26 @@ def print_reading(rows, folder):
                 text = " ".join(rng.choices(tiny_imdb.NEUTRAL, k=225))  # about 1.1 kB
                 writer.writerow([text, ("neg", "pos")[number % 2]])
         for how in ("first", "from the cache"):
-            command = [sys.executable, __file__, "--read", path]
-            said = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-            spent, peak = json.loads(said.splitlines()[-1])
-            lines.append(f"| {count} | {os.path.getsize(path) / 1e6:.1f} | {how} | {spent:.1f} | {peak:.0f} |")
-    print("\nThe data part alone, load_splits. The peak is that of a whole process, with its libraries and the part of")
-    print("the cache that it has mapped.\n")
-    print("\n".join(lines))
+            os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as new_process:
+                spent, peak = new_process.submit(read_once, path).result()
+            rows.append([str(count), f"{os.path.getsize(path) / 1e6:.1f}", how, f"{spent:.1f}", f"{peak:.0f}"])
+    print(
+        "\n`load_splits` alone. The peak is that of a whole process, including its libraries and the part of the cache"
+    )
+    print("that it has mapped.\n")
+    print_table(["rows", "MB", "read", "CPU s", "peak MiB"], rows)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--repeats", type=int, default=4, help="how often every variant runs (default: 4)")
-    parser.add_argument("--random_weights", action="store_true", help="make the model from its config: same cost")
-    parser.add_argument("--doubled_batch", action="store_true", help="time the doubled batch without a GPU, too")
+    parser.add_argument("--repeats", type=int, default=4, help="number of runs of each variant (default: 4)")
+    parser.add_argument("--random_weights", action="store_true", help="build the model from its config: same cost")
     parser.add_argument("--memory", action="store_true", help="only compute the memory of a step of roberta-base")
-    parser.add_argument("--rows", type=int, help="only read a made-up file of so many rows")
-    options, flags = parser.parse_known_args()
+    parser.add_argument("--rows", type=int, help="only read a made-up file with this number of rows")
+    options, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if options.rows:
             print_reading(options.rows, folder)
@@ -460,7 +442,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--read"]:
-        read_once(sys.argv[2])
-    else:
-        main()
+    main()
