@@ -11,7 +11,7 @@ take about a second. Where the claim is about a process (it is killed, or there 
 processes of a run as torchrun does. `status_2(argv)` runs the script's last lines and gives what it says on stderr.
 
 Plain `pytest` leaves out tests/experiments; `pytest tests/experiments` runs them. Nothing here needs a network, and
-the caches of Hugging Face are in a folder of their own, which goes at the end.
+the caches of Hugging Face are in a folder of their own, which is deleted at exit.
 """
 
 import atexit
@@ -101,7 +101,7 @@ def contents(folder):
 
 
 def die(moment, place):
-    """Let this process kill itself: at ("step", 7), or as a save would write ("save", "checkpoint-8/scheduler.pt")."""
+    """Make this process kill itself at a step, ("step", 7), or when it would write a file, ("save", "scheduler.pt")."""
     import torch
     from transformers import TrainerCallback, trainer
 
@@ -120,7 +120,7 @@ def die(moment, place):
 
 
 def start_here(argv, folder, env, log, dies):
-    """Become `python train_rdrop.py *argv` in `folder`, with its output in `log`.out and `log`.err."""
+    """In the child: run `python train_rdrop.py *argv` in `folder`, with its output in `log`.out and `log`.err."""
     multiprocessing.set_start_method("fork", force=True)  # for the workers of data loaders
     os.chdir(folder)
     os.environ.update(env)
@@ -171,7 +171,7 @@ def argv(tiny):
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    """Each test gets back the environment variable that `main()` sets."""
+    """Restore the environment variable that `main()` sets after each test."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
 
 

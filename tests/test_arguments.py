@@ -79,7 +79,7 @@ MISTAKES = [  # flags, and what the line must name
     ("--validation_fraction 1.5", "validation"),
     ("--positive_label good", "--positive_label"),
     ("--max_length 2000 --model_name_or_path short", "--max_length"),
-    ("--config_overrides nonsense=1", "model"),
+    ("--config_overrides nonsense=1", "nonsense"),
     ("--model_name_or_path ./not_there", "./not_there"),
     ("--dataset_name ./not_there", "./not_there"),
     ("--text_column review", "review"),

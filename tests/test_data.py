@@ -367,7 +367,7 @@ def test_samples_are_drawn_with_the_seed_from_all_rows(tmp_path):
 
 # ---- cache
 def test_cache_of_the_library_does_not_matter(tmp_path):
-    """The library guesses types, and keeps what it guessed: 01 is 1 there, and NA is missing."""
+    """`datasets` would read 01 as 1 and NA as missing, and keeps the types that it guessed in its cache."""
     for split in ("train", "test"):
         write(tmp_path / "data" / f"{split}.csv", ["007,01", "12.50,NA", "None,01", "1e5,NA"])
     train, test = (str(tmp_path / "data" / f"{split}.csv") for split in ("train", "test"))

@@ -13,7 +13,7 @@ NAMES = ["bad", "fair", "good, really"]
 
 
 def write_reviews(file, count, seed, classes):
-    """Reviews of 2 or 3 classes in random order, of which rows 3 and 4 lack their text, their label."""
+    """Reviews of 2 or 3 classes in random order, where row 3 has no text and row 4 no label."""
     reviews = make_reviews(count, seed).shuffle(seed)
     texts, labels = reviews["text"][:], [NAMES[2 * label] for label in reviews["label"]]
     if classes == 3:
@@ -25,7 +25,7 @@ def write_reviews(file, count, seed, classes):
 
 @pytest.fixture(scope="module", params=["two classes", "test lacks a class"])
 def run(request, tmp_path_factory, argv):
-    """The folder of a run on three files, the names of its classes, and whether these are two (bad is positive)."""
+    """The folder of a run on three files, the names of its classes, and whether there are two (bad is positive)."""
     folder = tmp_path_factory.mktemp("run")
     two = request.param == "two classes"
     for split, seed in (("train", 3), ("validation", 4), ("test", 5)):
@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_run(finished, tmp_path, argv):
     figures = train(tmp_path, *argv, *FEW)
     assert same_weights(tmp_path / "results", finished) and predictions(tmp_path / "results") == predictions(finished)
     assert figures["eval_loss"] == read_json(finished, "all_results.json")["eval_loss"]
-    assert not (finished / "test_results.json").exists(), "without validation, test chooses"
+    assert not (finished / "test_results.json").exists(), "without validation data, test selects"
 
 
 def test_other_ways_to_train_run(tmp_path, argv):

@@ -1,4 +1,4 @@
-"""Runs that were killed, resumed, moved, or met another in their folder: they end as if nothing had happened."""
+"""Runs that were killed, resumed or moved, or share a folder with another, end as if nothing had happened."""
 
 import re
 import shutil
@@ -89,7 +89,7 @@ def test_missing_best_checkpoint_is_not_replaced_by_another(results, argv, tmp_p
         train(tmp_path, *argv, *FEW, *LAST)
 
 
-# ---- ended, and on
+# ---- finished runs
 def test_early_stopped_run_is_not_trained_any_further(argv, tmp_path):
     flags = [*FEW, "--num_train_epochs", "9", "--early_stopping_patience", "1", "--early_stopping_threshold", "0.9"]
     train(tmp_path, *argv, *flags)

@@ -34,7 +34,7 @@ def gradients(model):
 
 @pytest.fixture
 def build(tmp_path):
-    """`build(...)` makes a trainer on `rows` texts of LENGTHS; `passes`: (training, shape of input, logits)."""
+    """`build(...)` makes a trainer on `rows` texts; its `passes` list (training?, shape of input, logits) per call."""
 
     def build(kind="Roberta", buckets=1, rows=16, dropout=0.0, alpha=5.0, padding_side="right", **arguments):
         rng = np.random.default_rng(0)
@@ -146,6 +146,7 @@ def test_logs_are_means_over_the_steps_since_the_last(build):
     for entry, (ce, kl) in zip(logs(trainer), (steps[0::2] + steps[1::2]) / 2, strict=True):
         assert entry["ce"] == pytest.approx(ce, rel=1e-5) and entry["kl"] == pytest.approx(kl, rel=1e-4)
         assert entry["loss"] == pytest.approx(ce + 5.0 * kl, rel=1e-5)
+    assert not trainer.sums.requires_grad, "the sums for the log must not keep the graphs of past steps"
 
 
 def test_ce_and_kl_are_logged_beside_the_loss_only(finished):
@@ -164,7 +165,7 @@ def test_loss_that_is_not_finite_ends_the_training(build, logging_steps):
 # ---- buckets
 @pytest.mark.parametrize("kind, rows, side", [("Roberta", 16, "right"), ("Roberta", 16, "left"), ("Bert", 3, "right")])
 def test_buckets_give_loss_and_gradients_of_the_whole_batch(build, monkeypatch, kind, rows, side):
-    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # the loss computes in float64, as the model
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # keeps the loss in float64
     loss, wanted = loss_and_gradients(build(kind, rows=rows, padding_side=side))
     for buckets in (2, 4, 16):
         other_loss, other = loss_and_gradients(build(kind, buckets, rows, padding_side=side))
@@ -193,14 +194,16 @@ def test_parts_are_cut_to_their_longest_text_in_training_only(build):
 
 
 def test_parts_keep_every_token_and_can_be_put_back_in_order():
-    for mask in ([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]):
-        mask = torch.tensor(mask)
-        inputs = {"attention_mask": mask, "input_ids": mask * torch.arange(1, 5)}
+    lengths = torch.tensor([16, 3, 5, 1])
+    right = (torch.arange(16) < lengths[:, None]).long()  # padded on the right
+    for mask in (right, right.flip(-1)):
+        inputs = {"attention_mask": mask, "input_ids": mask * torch.arange(1, 17)}
         for multiple_of in (1, 8):
             groups, order = split_by_length(inputs, 2, multiple_of)
             width = [group["input_ids"].shape[1] for group in groups]
+            assert all(w % multiple_of == 0 for w in width)
             padded = [
-                torch.nn.functional.pad(group["input_ids"], (0, 4 - w)) for group, w in zip(groups, width, strict=True)
+                torch.nn.functional.pad(group["input_ids"], (0, 16 - w)) for group, w in zip(groups, width, strict=True)
             ]
             assert torch.cat(padded)[order].equal(inputs["input_ids"])
 
