@@ -210,29 +210,29 @@ class OwnArguments:
 
     # method
     rdrop_alpha: float = flag(5.0, "Weight of the KL term; 0: one forward pass, the baseline")
-    length_buckets: int = flag(1, "Groups of similar length per batch, to save padding")
+    length_buckets: int = flag(1, "Length groups per batch, to save padding; 1: off")
     early_stopping_patience: int = flag(3, "Stop after this many evaluations without gain; 0: off")
-    early_stopping_threshold: float = flag(0.01, "Smallest improvement that counts")
+    early_stopping_threshold: float = flag(0.01, "Smallest gain that counts")
     # model
     model_name_or_path: str = flag("FacebookAI/roberta-base", "Model on the Hub or local folder")
-    config_overrides: str | None = flag(None, "Config overrides: hidden_dropout_prob=0.2,...")
+    config_overrides: str | None = flag(None, "Model config: hidden_dropout_prob=0.2,...")
     max_length: int = flag(512, "Maximum length in tokens")
     # data
     dataset_name: str = flag("stanfordnlp/imdb", "Dataset on the Hub or local folder")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset")
-    train_file: str | None = flag(None, "Training file, in place of --dataset_name")
-    validation_file: str | None = flag(None, "Validation file, selects the checkpoint")
+    train_file: str | None = flag(None, "Training csv, json, ..., replaces the dataset")
+    validation_file: str | None = flag(None, "Validation file; selects the checkpoint")
     test_file: str | None = flag(None, "Test file; evaluated once, at the end")
-    quoting: Literal["minimal", "none"] = flag("minimal", "none: quotes are ordinary text")
+    quoting: Literal["minimal", "none"] = flag("minimal", "csv: none keeps quotes as text")
     validation_split: str = flag("validation", "Split that selects the checkpoint, or none")
-    test_split: str = flag("test", "Split that is evaluated at the end, or none")
+    test_split: str = flag("test", "Split evaluated at the end, or none")
     validation_fraction: float = flag(0.0, "Fraction of train held out for validation")
     text_column: str = flag("text", "Column with the text")
     text_pair_column: str | None = flag(None, "Column with a second text, as in NLI")
     label_column: str = flag("label", "Column with the label")
-    positive_label: str | None = flag(None, "Positive class of two; default: the second")
-    max_train_samples: int | None = flag(None, "Maximum number of training examples")
-    max_eval_samples: int | None = flag(None, "Maximum per evaluation split")
+    positive_label: str | None = flag(None, "Positive class of two; None: the second")
+    max_train_samples: int | None = flag(None, "Maximum number of training rows")
+    max_eval_samples: int | None = flag(None, "Maximum rows per evaluation split")
 
 
 UNSUPPORTED = ("do_train", "dataloader_drop_last", "prediction_loss_only", "label_names", "eval_do_concat_batches")
@@ -251,7 +251,7 @@ class RDropArguments(transformers.TrainingArguments, OwnArguments):
     learning_rate: float = flag(2e-5, "Peak learning rate of AdamW")
     weight_decay: float = flag(0.01, "Weight decay of AdamW")
     lr_scheduler_type: str = flag("cosine", "Learning rate schedule")
-    warmup_steps: float = flag(0.1, "Warmup steps, or a fraction below 1")
+    warmup_steps: float = flag(0.1, "Warmup steps; below 1: a fraction")
     per_device_train_batch_size: int = flag(16, "Training batch size per device")
     per_device_eval_batch_size: int = flag(16, "Evaluation batch size per device")
     num_train_epochs: float = flag(5.0, "Number of epochs")
@@ -259,15 +259,15 @@ class RDropArguments(transformers.TrainingArguments, OwnArguments):
     fp16: bool = flag(True, "fp16 mixed precision on CUDA, unless --bf16")
     dataloader_pin_memory: bool = flag(torch.cuda.is_available(), "Pin memory")
     dataloader_num_workers: int = flag(2 if torch.cuda.is_available() else 0, "Workers per data loader")
-    ddp_find_unused_parameters: bool = flag(False, "For models with unused parameters")
-    ddp_broadcast_buffers: bool = flag(False, "Off: not sent between the passes")
+    ddp_find_unused_parameters: bool = flag(False, "DDP: allow unused parameters")
+    ddp_broadcast_buffers: bool = flag(False, "DDP: resend buffers in each pass")
     # evaluation and checkpoints
     eval_strategy: str = flag("epoch", "When to evaluate: no, steps or epoch")
     save_strategy: str = flag("epoch", "When to save: no, steps, epoch or best")
     save_total_limit: int = flag(2, "Number of checkpoints to keep")
     load_best_model_at_end: bool = flag(True, "Keep the best model, not the last")
     metric_for_best_model: Literal[METRICS] = flag("f1", "Metric that selects the checkpoint")
-    restore_callback_states_from_checkpoint: bool = flag(True, "Keep the patience left")
+    restore_callback_states_from_checkpoint: bool = flag(True, "Resume early stopping")
     logging_steps: float = flag(50, "Steps between training logs")
     hub_strategy: str = flag("end", "When to push to the Hub")
 
@@ -372,7 +372,7 @@ def load_rows(builder, name: str, args: OwnArguments) -> tuple[Dataset, list[str
     rows = datasets.concatenate_datasets(parts)
     lines = rows["lines"][:]
     if builder.name == "csv" and sum(lines) > len(rows):
-        logger.warning(f"{shown}: {sum(lines)} lines are {len(rows)} rows, from row {np.argmax(lines)} on. {HINT}")
+        logger.warning(f"{shown}: texts have line breaks, {sum(lines)} lines are {len(rows)} rows. {HINT}")
     return rows.remove_columns("lines").add_column("row", np.arange(len(rows))), list(dict.fromkeys(names))
 
 
@@ -454,7 +454,7 @@ def load_splits(args: OwnArguments, seed: int = 42) -> DatasetDict:
     if args.validation_fraction:
         if "validation" in splits:
             raise UserError("--validation_fraction: the data already has a validation split")
-        with readable_errors("cannot hold out a validation split"):
+        with readable_errors("wrong --validation_fraction"):
             held = splits["train"].train_test_split(args.validation_fraction, stratify_by_column="labels", seed=seed)
         splits["train"], splits["validation"] = held["train"], held["test"]
     if len(splits) == 1:
@@ -575,7 +575,7 @@ def find_checkpoint(args: RDropArguments) -> Path | None:
     if not asked:
         results = ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "predictions.csv", "*report.txt")
         if found := [path.name for pattern in results for path in folder.glob(pattern)]:
-            raise UserError(f"{folder} has {found[0]}: add --resume_from_checkpoint last, delete it, or use another")
+            raise UserError(f"{folder} has {found[0]}: add --resume_from_checkpoint last, or use another")
         return None
     newest = (complete_checkpoints(args.output_dir, args.world_size) or [None])[-1]
     if newest is None or (asked != "last" and Path(asked).resolve() != newest.resolve()):
