@@ -688,7 +688,7 @@ def finish(trainer: RDropTrainer, splits: DatasetDict, positive: int, results: d
         figures = {name: metrics[key] for name in METRICS if (key := f"{prefix}_{name}") in metrics}
         optimistic = len(evaluated) == 1 and args.eval_strategy != "no" and (best or args.early_stopping_patience > 0)
         about = f"{split}, {'best' if best else 'last'} model (epoch {epoch:g})"
-        about += "; also used to select the checkpoint: optimistic" if optimistic else ""
+        about += "; optimistic, as it also selected the checkpoint" if optimistic else ""
         write_report(args, splits[split], output, positive, figures, about)
     if args.push_to_hub:
         local = args.train_file or os.path.isdir(args.dataset_name)
