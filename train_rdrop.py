@@ -43,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 logger = get_logger("train_rdrop")  # logs on the main process only
 
 
-# --------------------------------------
+# --------------------------------
 # R-Drop
 
 
@@ -145,7 +145,7 @@ class RDropTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
 
-# --------------------------------------
+# --------------------------------
 # Metrics
 
 
@@ -172,7 +172,7 @@ def compute_metrics(eval_pred, positive: int = 1) -> dict[str, float]:
     return metrics
 
 
-# --------------------------------------
+# --------------------------------
 # Messages
 
 
@@ -196,7 +196,7 @@ def print_main(message: str, **options):
     PartialState().print(message, **options)
 
 
-# --------------------------------------
+# --------------------------------
 # Arguments
 
 
@@ -286,7 +286,7 @@ class RDropArguments(transformers.TrainingArguments, OwnArguments):
         if by_steps and self.save_steps != (self.eval_steps or self.logging_steps):
             raise ValueError("--save_steps must equal --eval_steps, so that the best model is saved")
         super().__post_init__()
-        if self.hub_token:  # otherwise it would be saved with every checkpoint
+        if self.hub_token:  # it would be saved with every checkpoint
             os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
 
 
@@ -303,7 +303,7 @@ def parse_args(argv=None) -> RDropArguments:
     return args
 
 
-# --------------------------------------
+# --------------------------------
 # Data: rows with `text`, perhaps `text_pair`, `label` (the name of a class, or None) and `row`
 
 HINT = "If quotes are ordinary text in this file, add --quoting none."
@@ -490,7 +490,7 @@ def tokenize(splits: DatasetDict, tokenizer) -> DatasetDict:
     return splits
 
 
-# --------------------------------------
+# --------------------------------
 # Model
 
 
@@ -536,7 +536,7 @@ def check_passes(model, tokenizer, splits: DatasetDict, alpha: float):
         logger.warning("both passes are equal, so R-Drop has no effect; set dropout with --config_overrides")
 
 
-# --------------------------------------
+# --------------------------------
 # Runs: one per output folder; its own command resumes it
 
 
@@ -605,7 +605,7 @@ class BestCheckpoint(transformers.TrainerCallback):
 
 
 def train(trainer: RDropTrainer, checkpoint: Path | None, settings: dict) -> dict:
-    """Train, from `checkpoint` if given; a run that had ended is not trained any further.
+    """Train, from `checkpoint` if given; a run that had ended is not trained any further, and keeps its figures.
 
     `arguments.json` claims the output folder; a run that fails before its first checkpoint frees it.
     """
@@ -635,10 +635,10 @@ def train(trainer: RDropTrainer, checkpoint: Path | None, settings: dict) -> dic
     args.num_train_epochs, args.max_steps = planned
     if checkpoint:
         del results["train_loss"]  # covers only the steps since then
-    return results
+    return results if trainer.state.global_step > step else read_json(claim.with_name("train_results.json"))
 
 
-# --------------------------------------
+# --------------------------------
 # Report
 
 
@@ -699,7 +699,7 @@ def finish(trainer: RDropTrainer, splits: DatasetDict, positive: int, results: d
     return results
 
 
-# --------------------------------------
+# --------------------------------
 # Main
 
 

@@ -99,6 +99,8 @@ def test_early_stopped_run_is_not_trained_any_further(argv, tmp_path):
     train(tmp_path, *argv, *flags, *LAST)
     assert_same_end(tmp_path / "before", tmp_path / "results")
     assert read_json(tmp_path, "results", "trainer_state.json")["global_step"] == 8
+    trained = [read_json(tmp_path, folder, "train_results.json") for folder in ("before", "results")]
+    assert trained[0] == trained[1] and "train_loss" in trained[0]
 
 
 def test_run_that_ended_within_an_epoch_is_not_trained_any_further(argv, tmp_path):
