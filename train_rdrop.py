@@ -43,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 logger = get_logger("train_rdrop")  # logs on the main process only
 
 
-# --------------------------------
+# --------------------
 # R-Drop
 
 
@@ -145,15 +145,15 @@ class RDropTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
 
-# --------------------------------
+# --------------------
 # Metrics
 
 
 METRICS = ("accuracy", "f1", "auc", "loss")
 
 
-def compute_metrics(eval_pred, positive: int = 1) -> dict[str, float]:
-    """Accuracy, F1 and ROC AUC from `eval_pred`: logits (n, classes) and labels (n).
+def compute_metrics(eval_pred, positive: int = 1, label_smoothing: float = 0.0) -> dict[str, float]:
+    """Accuracy, F1, ROC AUC and CE from `eval_pred`: logits (n, classes) and labels (n).
 
     With two classes, F1 and AUC are those of class `positive`. With more, F1 is the mean over the classes that have
     labels, and AUC the mean of each class against the rest. AUC is omitted where a class has no label.
@@ -165,6 +165,8 @@ def compute_metrics(eval_pred, positive: int = 1) -> dict[str, float]:
     scored = [positive] if classes == 2 else present
     f1 = f1_score(labels, predictions, labels=scored, average="macro", zero_division=0)
     metrics = {"accuracy": accuracy_score(labels, predictions), "f1": f1}
+    # `Trainer`'s own is not exact with several processes
+    metrics["loss"] = F.cross_entropy(logits, torch.from_numpy(labels), label_smoothing=label_smoothing).item()
     if len(present) == classes:
         if classes == 2:
             labels, probabilities = labels == positive, probabilities[:, positive]
@@ -172,12 +174,12 @@ def compute_metrics(eval_pred, positive: int = 1) -> dict[str, float]:
     return metrics
 
 
-# --------------------------------
+# --------------------
 # Messages
 
 
 class UserError(Exception):
-    """Invalid input. It is reported as one line, without a traceback."""
+    """Invalid input, reported as one line without a traceback."""
 
 
 @contextmanager
@@ -192,11 +194,7 @@ def readable_errors(action: str):
         raise UserError(f"{action}: {type(cause).__name__}: {cause}") from error
 
 
-def print_main(message: str, **options):
-    PartialState().print(message, **options)
-
-
-# --------------------------------
+# --------------------
 # Arguments
 
 
@@ -303,7 +301,7 @@ def parse_args(argv=None) -> RDropArguments:
     return args
 
 
-# --------------------------------
+# --------------------
 # Data: rows with `text`, perhaps `text_pair`, `label` (the name of a class, or None) and `row`
 
 HINT = "If quotes are ordinary text in this file, add --quoting none."
@@ -331,10 +329,10 @@ def find_builder(split: str, args: OwnArguments):
 
 
 def load_rows(builder, name: str, args: OwnArguments) -> tuple[Dataset, list[str]]:
-    """All rows of the split `name`, and the classes that it declares, if any."""
+    """All rows of the split `name`, and the classes that it declares."""
     files = list(builder.config.data_files[name])
     shown = ", ".join(map(os.path.basename, files))
-    print_main(f"reading {shown}")
+    PartialState().print(f"reading {shown}")
     # shards such as train-00000-of-00002 are one file
     if os.path.exists(files[0]) and len({re.sub(r"-\d+-of-\d+", "", file) for file in files}) > 1:
         raise UserError(f"several files for {name}: {shown}. Select one with --{name}_file")
@@ -344,14 +342,16 @@ def load_rows(builder, name: str, args: OwnArguments) -> tuple[Dataset, list[str
     features = Features({ours: Value("string") for ours in columns} | {"lines": Value("int64")})
     parts, names = [], []
     for path, file in zip(datasets.DownloadManager().download(files), files, strict=True):
-        # the label's type as the dataset's card declares it
+        # copies may keep the modification time
+        changed = f"{os.path.getmtime(path)}-{os.path.getctime(path)}"
+        # the label's type by the dataset's card
         feature = (builder.info.features or {}).get(args.label_column)
         # the library would guess types
         if builder.name in ("csv", "json"):
             separator = "\t" if ".tsv" in os.path.basename(file) else getattr(builder.config, "sep", None)
             options = {
                 "path": path,
-                "modified": os.path.getmtime(path),
+                "changed": changed,
                 "gzipped": file.endswith(".gz"),
                 "separator": separator,
                 "quoting": args.quoting,
@@ -360,9 +360,9 @@ def load_rows(builder, name: str, args: OwnArguments) -> tuple[Dataset, list[str
             }
             rows = Dataset.from_generator(read_rows, features=features, gen_kwargs=options)
         else:
-            table = datasets.load_dataset(builder.name, data_files=glob.escape(path), split="train")
+            table = datasets.load_dataset(builder.name, changed, data_files=glob.escape(path), split="train")
             check_columns(columns, table.column_names)
-            # files may differ in the classes that they declare
+            # files may declare different classes
             own = table.features[args.label_column]
             feature = own if isinstance(own, ClassLabel) else feature
             options = {"fn_kwargs": {"columns": columns, "feature": feature}, "features": features}
@@ -376,8 +376,8 @@ def load_rows(builder, name: str, args: OwnArguments) -> tuple[Dataset, list[str
     return rows.remove_columns("lines").add_column("row", np.arange(len(rows))), list(dict.fromkeys(names))
 
 
-def read_rows(path, modified, gzipped, separator, quoting, columns, feature):
-    """Yield the rows of a csv (with a `separator`) or json file as spelled; the cache notices when it is `modified`."""
+def read_rows(path, changed, gzipped, separator, quoting, columns, feature):
+    """Yield the rows of a csv (with a `separator`) or json file as spelled; `changed` is for the cache alone."""
     with (gzip.open if gzipped else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         if separator:
             csv.field_size_limit(2**31 - 1)
@@ -411,7 +411,7 @@ def our_columns(record: dict, columns: dict, feature=None) -> dict:
 def label_name(value, feature=None) -> str | None:
     """The class that a label stands for; None if the label is missing."""
     value = value.strip() if isinstance(value, str) else value
-    if value is None or value == "" or value != value:  # NaN is unequal to itself
+    if value is None or value == "" or value != value:  # NaN
         return None
     if isinstance(feature, ClassLabel):
         index = feature.str2int(value) if isinstance(value, str) else value
@@ -472,7 +472,7 @@ def count_rows(splits: DatasetDict) -> dict[str, dict]:
     for split, rows in splits.items():
         labels, names = rows["labels"][:], rows.features["labels"].names
         counts[split] = {name: labels.count(i) for i, name in enumerate(names)}
-        print_main(f"{split}: {len(rows)} rows, {counts[split]}")
+        PartialState().print(f"{split}: {len(rows)} rows, {counts[split]}")
     return counts
 
 
@@ -484,13 +484,13 @@ def tokenize(splits: DatasetDict, tokenizer) -> DatasetDict:
     options = {"batched": True, "fn_kwargs": {"truncation": True, "return_length": True}, "desc": "Tokenizing"}
     splits = splits.map(tokenizer, input_columns=texts, remove_columns=texts, **options)
     for split in splits.keys() - {"train"}:
-        # longest first, which saves padding
+        # saves padding
         order = np.argsort(splits[split]["length"][:], kind="stable")[::-1]
         splits[split] = splits[split].select(order)
     return splits
 
 
-# --------------------------------
+# --------------------
 # Model
 
 
@@ -536,13 +536,14 @@ def check_passes(model, tokenizer, splits: DatasetDict, alpha: float):
         logger.warning("both passes are equal, so R-Drop has no effect; set dropout with --config_overrides")
 
 
-# --------------------------------
+# --------------------
 # Runs: one per output folder; its own command resumes it
 
 
 # what a resumed run must share
 FIXED = {own.name for own in fields(OwnArguments)}
-FIXED.update(["metric_for_best_model", "label_smoothing_factor", "seed", "batch_size", "rows"])
+FIXED.update(["metric_for_best_model", "label_smoothing_factor", "learning_rate", "weight_decay"])
+FIXED.update(["seed", "batch_size", "rows"])
 
 
 def read_json(path: Path) -> dict:
@@ -600,8 +601,8 @@ class BestCheckpoint(transformers.TrainerCallback):
     """Finds the best checkpoint of a resumed run in its output folder, which may have been moved."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.best_global_step:
-            state.best_model_checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.best_global_step}")
+        best = os.path.join(args.output_dir, f"checkpoint-{state.best_global_step}")
+        state.best_model_checkpoint = best if os.path.isdir(best) else None
 
 
 def train(trainer: RDropTrainer, checkpoint: Path | None, settings: dict) -> dict:
@@ -612,6 +613,8 @@ def train(trainer: RDropTrainer, checkpoint: Path | None, settings: dict) -> dic
     args, step = trainer.args, 0
     plan = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     _, steps_per_epoch, _, _, batch_size, _, last_step = plan
+    settings |= {"batch_size": batch_size, "resume_from_checkpoint": None}
+    check_settings(args, settings)
     planned = args.num_train_epochs, args.max_steps
     if checkpoint:
         state = read_json(checkpoint / "trainer_state.json")
@@ -620,7 +623,7 @@ def train(trainer: RDropTrainer, checkpoint: Path | None, settings: dict) -> dic
         if step >= last_step or (stopped and step < state["max_steps"]):
             # it had ended, or stopped early: plan no epoch beyond those done
             args.num_train_epochs, args.max_steps = step // steps_per_epoch, -1
-    print_main(f"{args.device}, precision {args.mixed_precision}, batch size {batch_size}, {last_step} steps")
+    PartialState().print(f"{args.device}, precision {args.mixed_precision}, batch size {batch_size}, {last_step} steps")
 
     claim = Path(args.output_dir, "arguments.json")
     if args.process_index == 0 and not checkpoint:
@@ -635,10 +638,11 @@ def train(trainer: RDropTrainer, checkpoint: Path | None, settings: dict) -> dic
     args.num_train_epochs, args.max_steps = planned
     if checkpoint:
         del results["train_loss"]  # covers only the steps since then
-    return results if trainer.state.global_step > step else read_json(claim.with_name("train_results.json"))
+    before = read_json(claim.with_name("train_results.json"))
+    return before if before.get("epoch") == results["epoch"] else results
 
 
-# --------------------------------
+# --------------------
 # Report
 
 
@@ -695,11 +699,11 @@ def finish(trainer: RDropTrainer, splits: DatasetDict, positive: int, results: d
         trainer.push_to_hub(dataset_tags=None if local else args.dataset_name)
     trainer.accelerator.wait_for_everyone()  # before the process group ends
     trainer.end()
-    print_main(f"Results: {args.output_dir}. Curves: tensorboard --logdir {args.logging_dir}")
+    PartialState().print(f"Results: {args.output_dir}. Curves: tensorboard --logdir {args.logging_dir}")
     return results
 
 
-# --------------------------------
+# --------------------
 # Main
 
 
@@ -707,7 +711,6 @@ def main(argv=None) -> dict[str, float]:
     """Train, evaluate and save as `argv` or the command line says; returns what `all_results.json` contains."""
     transformers.utils.check_min_version("5.23.0")  # older ones ignore `loss_is_scaled_for_ga`
     args = parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     checkpoint = find_checkpoint(args)
     run_name = f"{Path(args.output_dir).resolve().name}_{datetime.now():%Y%m%d-%H%M%S.%f}"
     os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(args.logging_dir, run_name)
@@ -717,9 +720,6 @@ def main(argv=None) -> dict[str, float]:
     with args.main_process_first():  # other processes then read the cache
         splits = load_splits(args, args.seed)
         settings = json.loads(args.to_json_string()) | {"world_size": args.world_size, "rows": count_rows(splits)}
-        settings["batch_size"] = args.world_size * args.train_batch_size * args.gradient_accumulation_steps
-        settings["resume_from_checkpoint"] = None
-        check_settings(args, settings)
         splits = tokenize(splits, tokenizer)
     names = splits["train"].features["labels"].names
     if args.positive_label is not None and (len(names) != 2 or args.positive_label not in names):
@@ -741,7 +741,7 @@ def main(argv=None) -> dict[str, float]:
         # without validation data: test, as published
         eval_dataset=splits.get("validation", splits.get("test")),
         processing_class=tokenizer,
-        compute_metrics=lambda eval_pred: compute_metrics(eval_pred, positive),
+        compute_metrics=lambda eval_pred: compute_metrics(eval_pred, positive, args.label_smoothing_factor),
         callbacks=callbacks,
         alpha=args.rdrop_alpha,
         length_buckets=args.length_buckets,
@@ -754,5 +754,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print_main(f"train_rdrop.py: error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
+        PartialState().print(f"train_rdrop.py: error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
         sys.exit(2)

@@ -87,6 +87,9 @@ def test_missing_best_checkpoint_is_not_replaced_by_another(results, argv, tmp_p
     state.write_text(re.sub(r'"best_global_step": \d+', '"best_global_step": 4', state.read_text()))
     with pytest.raises(UserError):
         train(tmp_path, *argv, *FEW, *LAST)
+    # the last model does not need it
+    train(tmp_path, *argv, *FEW, *LAST, "--load_best_model_at_end", "false", "--save_total_limit", "1")
+    assert same_weights(results, results / "checkpoint-8")
 
 
 # ---- finished runs
@@ -112,10 +115,15 @@ def test_run_that_ended_within_an_epoch_is_not_trained_any_further(argv, tmp_pat
     assert all(before[name].equal(after[name]) for name in before) and steps_of(tmp_path / "results")[-1] == 6
 
 
-def test_finished_run_goes_on_with_more_epochs(results, argv, tmp_path):
-    figures = train(tmp_path, *argv, *FEW, *LAST, "--num_train_epochs", "3")
+def test_finished_run_goes_on_with_more_epochs(results, finished, argv, tmp_path):
+    flags = [*argv, *FEW, *LAST, "--num_train_epochs", "3"]
+    figures = train(tmp_path, *flags)
     assert figures["epoch"] == 3 and read_json(results, "trainer_state.json")["global_step"] == 12
     assert steps_of(results)[-1] == 12
+    # killed after its last checkpoint: the figures on disk are those of two epochs
+    shutil.copy(finished / "train_results.json", results)
+    figures = train(tmp_path, *flags)
+    assert figures["epoch"] == 3 and "train_loss" not in figures
 
 
 def test_moved_run_keeps_its_own_best_model(results, finished, argv, tmp_path):
@@ -133,7 +141,7 @@ def test_moved_run_keeps_its_own_best_model(results, finished, argv, tmp_path):
 
 
 # ---- what is not resumed
-OTHER = ["--rdrop_alpha 1", "--seed 1", "--metric_for_best_model loss"]
+OTHER = ["--rdrop_alpha 1", "--seed 1", "--metric_for_best_model loss", "--learning_rate 1e-5"]
 
 
 @pytest.mark.parametrize("flags", [*OTHER, "--max_train_samples 60"])
@@ -218,6 +226,8 @@ def test_two_processes_train_the_model_of_one_with_twice_the_batch(argv, start_t
         assert ours.keys() == theirs.keys()
         for name in ours.keys() & {"loss", "ce", "kl", "grad_norm", "eval_accuracy", "eval_f1", "eval_auc"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), (name, ours, theirs)
+    ours, theirs = (read_json(tmp_path, name, "eval_results.json") for name in ("results", "results_rdrop"))
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5), "each row counts once"
     ours, theirs = (predictions(tmp_path / name) for name in ("results", "results_rdrop"))
     assert len(ours) == 37 and [row["row"] for row in ours] == [row["row"] for row in theirs]
     for row, other in zip(ours, theirs, strict=True):
