@@ -43,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 logger = get_logger("train_rdrop")  # logs on the main process only
 
 
-# --------------------
+# ----------------
 # R-Drop
 
 
@@ -145,7 +145,7 @@ class RDropTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
 
-# --------------------
+# ----------------
 # Metrics
 
 
@@ -165,7 +165,7 @@ def compute_metrics(eval_pred, positive: int = 1, label_smoothing: float = 0.0) 
     scored = [positive] if classes == 2 else present
     f1 = f1_score(labels, predictions, labels=scored, average="macro", zero_division=0)
     metrics = {"accuracy": accuracy_score(labels, predictions), "f1": f1}
-    # `Trainer`'s own is not exact with several processes
+    # `Trainer`'s is inexact with several processes
     metrics["loss"] = F.cross_entropy(logits, torch.from_numpy(labels), label_smoothing=label_smoothing).item()
     if len(present) == classes:
         if classes == 2:
@@ -174,7 +174,7 @@ def compute_metrics(eval_pred, positive: int = 1, label_smoothing: float = 0.0) 
     return metrics
 
 
-# --------------------
+# ----------------
 # Messages
 
 
@@ -194,7 +194,7 @@ def readable_errors(action: str):
         raise UserError(f"{action}: {type(cause).__name__}: {cause}") from error
 
 
-# --------------------
+# ----------------
 # Arguments
 
 
@@ -301,7 +301,7 @@ def parse_args(argv=None) -> RDropArguments:
     return args
 
 
-# --------------------
+# ----------------
 # Data: rows with `text`, perhaps `text_pair`, `label` (the name of a class, or None) and `row`
 
 HINT = "If quotes are ordinary text in this file, add --quoting none."
@@ -344,7 +344,7 @@ def load_rows(builder, name: str, args: OwnArguments) -> tuple[Dataset, list[str
     for path, file in zip(datasets.DownloadManager().download(files), files, strict=True):
         # copies may keep the modification time
         changed = f"{os.path.getmtime(path)}-{os.path.getctime(path)}"
-        # the label's type by the dataset's card
+        # as declared by the dataset's card
         feature = (builder.info.features or {}).get(args.label_column)
         # the library would guess types
         if builder.name in ("csv", "json"):
@@ -490,7 +490,7 @@ def tokenize(splits: DatasetDict, tokenizer) -> DatasetDict:
     return splits
 
 
-# --------------------
+# ----------------
 # Model
 
 
@@ -536,14 +536,12 @@ def check_passes(model, tokenizer, splits: DatasetDict, alpha: float):
         logger.warning("both passes are equal, so R-Drop has no effect; set dropout with --config_overrides")
 
 
-# --------------------
+# ----------------
 # Runs: one per output folder; its own command resumes it
 
 
-# what a resumed run must share
-FIXED = {own.name for own in fields(OwnArguments)}
+FIXED = {own.name for own in fields(OwnArguments)} | {"seed", "batch_size", "rows"}
 FIXED.update(["metric_for_best_model", "label_smoothing_factor", "learning_rate", "weight_decay"])
-FIXED.update(["seed", "batch_size", "rows"])
 
 
 def read_json(path: Path) -> dict:
@@ -613,8 +611,6 @@ def train(trainer: RDropTrainer, checkpoint: Path | None, settings: dict) -> dic
     args, step = trainer.args, 0
     plan = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     _, steps_per_epoch, _, _, batch_size, _, last_step = plan
-    settings |= {"batch_size": batch_size, "resume_from_checkpoint": None}
-    check_settings(args, settings)
     planned = args.num_train_epochs, args.max_steps
     if checkpoint:
         state = read_json(checkpoint / "trainer_state.json")
@@ -642,7 +638,7 @@ def train(trainer: RDropTrainer, checkpoint: Path | None, settings: dict) -> dic
     return before if before.get("epoch") == results["epoch"] else results
 
 
-# --------------------
+# ----------------
 # Report
 
 
@@ -703,7 +699,7 @@ def finish(trainer: RDropTrainer, splits: DatasetDict, positive: int, results: d
     return results
 
 
-# --------------------
+# ----------------
 # Main
 
 
@@ -720,6 +716,9 @@ def main(argv=None) -> dict[str, float]:
     with args.main_process_first():  # other processes then read the cache
         splits = load_splits(args, args.seed)
         settings = json.loads(args.to_json_string()) | {"world_size": args.world_size, "rows": count_rows(splits)}
+        settings["batch_size"] = args.world_size * args.train_batch_size * args.gradient_accumulation_steps
+        settings["resume_from_checkpoint"] = None
+        check_settings(args, settings)
         splits = tokenize(splits, tokenizer)
     names = splits["train"].features["labels"].names
     if args.positive_label is not None and (len(names) != 2 or args.positive_label not in names):
