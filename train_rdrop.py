@@ -43,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 logger = get_logger("train_rdrop")  # logs on the main process only
 
 
-# ----------------
+# --------
 # R-Drop
 
 
@@ -145,7 +145,7 @@ class RDropTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
 
-# ----------------
+# --------
 # Metrics
 
 
@@ -174,7 +174,7 @@ def compute_metrics(eval_pred, positive: int = 1, label_smoothing: float = 0.0) 
     return metrics
 
 
-# ----------------
+# --------
 # Messages
 
 
@@ -194,7 +194,7 @@ def readable_errors(action: str):
         raise UserError(f"{action}: {type(cause).__name__}: {cause}") from error
 
 
-# ----------------
+# --------
 # Arguments
 
 
@@ -301,7 +301,7 @@ def parse_args(argv=None) -> RDropArguments:
     return args
 
 
-# ----------------
+# --------
 # Data: rows with `text`, perhaps `text_pair`, `label` (the name of a class, or None) and `row`
 
 HINT = "If quotes are ordinary text in this file, add --quoting none."
@@ -411,7 +411,7 @@ def our_columns(record: dict, columns: dict, feature=None) -> dict:
 def label_name(value, feature=None) -> str | None:
     """The class that a label stands for; None if the label is missing."""
     value = value.strip() if isinstance(value, str) else value
-    if value is None or value == "" or value != value:  # NaN
+    if value is None or value == "" or value != value:  # NaN is unequal to itself
         return None
     if isinstance(feature, ClassLabel):
         index = feature.str2int(value) if isinstance(value, str) else value
@@ -484,13 +484,13 @@ def tokenize(splits: DatasetDict, tokenizer) -> DatasetDict:
     options = {"batched": True, "fn_kwargs": {"truncation": True, "return_length": True}, "desc": "Tokenizing"}
     splits = splits.map(tokenizer, input_columns=texts, remove_columns=texts, **options)
     for split in splits.keys() - {"train"}:
-        # saves padding
+        # longest first, which saves padding
         order = np.argsort(splits[split]["length"][:], kind="stable")[::-1]
         splits[split] = splits[split].select(order)
     return splits
 
 
-# ----------------
+# --------
 # Model
 
 
@@ -536,10 +536,11 @@ def check_passes(model, tokenizer, splits: DatasetDict, alpha: float):
         logger.warning("both passes are equal, so R-Drop has no effect; set dropout with --config_overrides")
 
 
-# ----------------
+# --------
 # Runs: one per output folder; its own command resumes it
 
 
+# what a resumed run must share
 FIXED = {own.name for own in fields(OwnArguments)} | {"seed", "batch_size", "rows"}
 FIXED.update(["metric_for_best_model", "label_smoothing_factor", "learning_rate", "weight_decay"])
 
@@ -638,7 +639,7 @@ def train(trainer: RDropTrainer, checkpoint: Path | None, settings: dict) -> dic
     return before if before.get("epoch") == results["epoch"] else results
 
 
-# ----------------
+# --------
 # Report
 
 
@@ -699,7 +700,7 @@ def finish(trainer: RDropTrainer, splits: DatasetDict, positive: int, results: d
     return results
 
 
-# ----------------
+# --------
 # Main
 
 
